@@ -1,0 +1,44 @@
+"""Turns exceptions that are not bugs into one line; anything else keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+
+from ..environment import broken_pair_message, is_torch_pair_error
+from ..errors import DiffalignError
+
+# torch's and safetensors' writers report a full disk in words, not as an OSError.
+_FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What was expected, what came and what to do; None when the error is a bug and deserves its traceback."""
+    if isinstance(error, DiffalignError) or type(error).__name__ == "RewardModelError":
+        return " ".join(str(error).split())
+    if is_torch_pair_error(error):
+        return broken_pair_message()
+    if is_disk_full(error):
+        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"the disk is full{where}. What was saved before is intact: free space or choose another output folder; "
+            "a training run then continues with resume=latest."
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"{' '.join(str(error).split())[:200]} Lower batch_size and raise gradient_accumulation_steps by the same "
+            "factor (the training stays the same), or set gradient_checkpointing=true or mixed_precision=bf16."
+        )
+    return None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, is a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _FULL_DISK_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,456 @@
+"""Settings from YAML and ``key=value``: read, checked as a whole, explained and written back.
+
+A job is one flat mapping: what to train on what (:class:`Job`) and how (the method's config dataclass). Nothing is
+ignored: an unknown key, a wrong type, a value out of range and a setting without effect are each a ``ConfigError``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .trainers.base import PreferenceTrainer
+    from .trainers.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a method's classes are, as ``module:name``, so that listing methods imports none of them."""
+
+    trainer: str
+    config: str
+
+
+METHODS = {
+    "dpo": Method("diffalign.trainers.dpo:DPOTrainer", "diffalign.trainers.config:DPOConfig"),
+    "sft": Method("diffalign.trainers.sft:SFTTrainer", "diffalign.trainers.config:SFTConfig"),
+}
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What to train, on what, by which method."""
+
+    # What to train on what
+    method: str = field(default="dpo", metadata={"help": "Which objective: one of the methods below."})
+    model: str = field(default="shapes", metadata={"help": "`shapes` (the embedded micro SDXL), a hub id, a folder or a file."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the hub."})
+    model_variant: str | None = field(default=None, metadata={"help": "Variant of its weight files, for example fp16."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "For a single-file model, a folder or hub id of a pipeline of the same kind."}
+    )
+    dataset: str = field(metadata={"help": "Preferences: a folder of Parquet, an image folder with a table, a hub id."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
+    dataset_score: str | None = field(
+        default=None, metadata={"help": "Judge by this reward model's scores in the table, not by its preferences."}
+    )
+    bad_rows: Literal["error", "drop"] = field(
+        default="error", metadata={"help": "What a row that cannot be used does: stop, or be dropped and counted."}
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `no` is text (not false), `1e-5` is a number (not text). A key given twice is refused."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever text YAML 1.1 or 1.2 readers would take for something else."""
+
+    yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for _reader in (_Loader, _Dumper):
+    for _kind, _pattern in _SCALARS.items():
+        _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
+# PyYAML reads 010 as octal and 1:30 as sexagesimal; here an int is its decimal digits.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
+
+
+def _float(text: str) -> float:
+    return float(re.sub(r"\.(?=[iInN])", "", text))
+
+
+def load_job(path_or_name: str | Path, overrides: Iterable[str] = ()) -> tuple[Job, TrainingConfig]:
+    """Read a job from a YAML file (or a shipped recipe's name) and ``key=value`` overrides, and check it.
+
+    Args:
+        path_or_name: a path, or the bare name of a recipe, for example ``shapes-dpo``.
+        overrides: ``key=value`` each, the value written as in YAML; text needs no quotes.
+
+    Raises:
+        ConfigError: no such file or recipe, or anything in it that cannot be used, by key.
+    """
+    path = find_config(path_or_name)
+    values = {key: (value, str(path)) for key, value in _read_yaml(path).items()}
+    kinds = _all_kinds()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"expected key=value, got {override!r}. Write for example learning_rate=1e-5.")
+        key = key.strip()
+        values[key] = (_read_value(text.strip(), kinds.get(key), override), f"override {override!r}")
+    return _build(values, str(path))
+
+
+def find_config(path_or_name: str | Path) -> Path:
+    """The file a CONFIG argument means.
+
+    Raises:
+        ConfigError: neither a file nor a recipe; names the recipes and the nearest.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    known = recipes()
+    if str(path_or_name) in known:
+        return known[str(path_or_name)]
+    what = "is a folder, not a YAML file" if path.is_dir() else "is neither a file nor a recipe"
+    raise ConfigError(f"{path_or_name} {what}.{_nearest(str(path_or_name), known)} Recipes: {', '.join(known)}.")
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes by name: of the clone this runs from, else of the installed package."""
+    here = Path(__file__).parent
+    folders = [here.parent / "training" / "recipes", here / "recipes"]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # The loader is a SafeLoader: it makes plain values only.
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _read_value(text: str, kind: Any, override: str) -> Any:
+    """An override's value. Where the key holds text it is taken as it stands: `1e5` or `a #b` may be a real name."""
+    if kind is not None and str in _members(kind) and not text.startswith(("'", '"')):
+        is_null = type(None) in _members(kind) and re.fullmatch(_SCALARS["null"], text)
+        return None if is_null else text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {override!r} is not readable YAML: {' '.join(str(error).split())}") from error
+
+
+def _build(values: Mapping[str, tuple[Any, str]], source: str) -> tuple[Job, TrainingConfig]:
+    method = values.get("method", ("dpo", ""))[0]
+    if method not in METHODS:
+        raise ConfigError(f"{source}: there is no method {method!r}.{_nearest(str(method), METHODS)} Known: {_or(METHODS)}.")
+    config_class = load_object(METHODS[method].config)
+    job_fields, config_fields = _fields(Job), _fields(config_class)
+    known = job_fields | config_fields
+    for key, (_, origin) in values.items():
+        if key not in known:
+            raise ConfigError(f"{origin}: unknown key {key!r} for method {method}.{_hint(key, known)}")
+    if values.get("dataset", (None, ""))[0] is None:
+        raise ConfigError(f"{source}: dataset is missing. Give dataset=FOLDER or a hub id; see docs/data-format.md.")
+    job_kinds, kinds = typing.get_type_hints(Job), typing.get_type_hints(config_class)
+    job = {k: _typed(k, v, job_kinds[k], origin) for k, (v, origin) in values.items() if k in job_fields}
+    settings = {k: _typed(k, v, kinds[k], origin) for k, (v, origin) in values.items() if k in config_fields}
+    config = config_class(**settings)
+    check(config)
+    made = Job(**job)
+    for name in ("model", "dataset"):
+        if not vars(made)[name].strip():
+            raise ConfigError(f"{source}: {name} must not be empty.")
+    return made, config
+
+
+def load_object(path: str) -> Any:
+    """The object at ``module:name``."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def trainer_class(method: str) -> type[PreferenceTrainer]:
+    """The trainer of a method, imported now."""
+    return load_object(METHODS[method].trainer)
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """``int | None`` as (int, None); any other type as itself."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return typing.get_args(kind)
+    return (kind,)
+
+
+def type_name(kind: Any) -> str:
+    """A type in words a user knows."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = []
+    for member in _members(kind):
+        if typing.get_origin(member) is typing.Literal:
+            names.append("one of " + ", ".join(str(value) for value in typing.get_args(member)))
+        elif typing.get_origin(member) is list:
+            item = {int: "whole numbers", float: "numbers", str: "texts"}[typing.get_args(member)[0]]
+            names.append(f"a list of {item}")
+        else:
+            names.append(words[member])
+    return " or ".join(names)
+
+
+def _typed(key: str, value: Any, kind: Any, origin: str = "") -> Any:
+    """The value in its declared type; whole numbers may stand for numbers, nothing else is converted."""
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        place = "".join(f"[{i}]" for i in error.errors()[0]["loc"] if isinstance(i, int))
+        where = f"{origin}: " if origin else ""
+        example = " Write a list as [a, b]." if typing.get_origin(kind) is list and not isinstance(value, list) else ""
+        raise ConfigError(
+            f"{where}{key}{place} must be {type_name(kind)}; got {value!r} ({type(value).__name__}).{example}"
+        ) from error
+
+
+def _fields(cls: type) -> dict[str, Field[Any]]:
+    return {f.name: f for f in fields(cls)}
+
+
+def _all_kinds() -> dict[str, Any]:
+    kinds: dict[str, Any] = {}
+    for method in METHODS.values():
+        kinds |= typing.get_type_hints(load_object(method.config))
+    return kinds | typing.get_type_hints(Job)
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+    owners = [name for name, method in METHODS.items() if key in _fields(load_object(method.config))]
+    if owners:
+        return f" It belongs to method {_or(owners)}."
+    return _nearest(key, known) + " `diffalign train --help` lists all keys."
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _or(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+# --- rules -------------------------------------------------------------------------------------------------------
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+# Each range as (lowest, highest, whether the lowest itself is allowed); checked on every element of a list.
+_COUNT, _POSITIVE, _NOT_NEGATIVE, _SHARE = (1, math.inf, True), (0, math.inf, False), (0, math.inf, True), (0, 1, True)
+RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("max_steps", "batch_size", "gradient_accumulation_steps", "lora_rank", "resolution"), _COUNT),
+    **dict.fromkeys(("encode_batch_size", "save_every", "keep_checkpoints", "log_every"), _COUNT),
+    **dict.fromkeys(("validate_every", "validation_steps"), _COUNT),
+    **dict.fromkeys(("max_epochs", "learning_rate", "adam_epsilon", "max_grad_norm", "lora_alpha", "beta"), _POSITIVE),
+    **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "min_timestep", "max_timestep"), _NOT_NEGATIVE),
+    **dict.fromkeys(("timesteps", "validation_guidance"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"), _SHARE),
+    **dict.fromkeys(("min_margin", "caption_dropout"), _SHARE),
+}
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout")
+
+
+def check(config: TrainingConfig) -> None:
+    """Refuse settings of a wrong type, out of range, contradicting each other, or without effect.
+
+    Raises:
+        ConfigError: the first problem, by name, with what to do.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for name, kind in kinds.items():
+        if name in _fields(type(config)):
+            value = _typed(name, vars(config)[name], kind)
+            _check_range(name, value)
+    _check_combinations(config)
+    _check_idle(config)
+
+
+def _check_range(name: str, value: Any) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, bool) or not isinstance(item, (int, float)):
+            continue
+        low, high, inclusive = RANGES.get(name, (-math.inf, math.inf, True))
+        top = item < high if name in BELOW_ONE else item <= high
+        if not (math.isfinite(item) and (item >= low if inclusive else item > low) and top):
+            lower = f"at least {low}" if inclusive else f"above {low}"
+            upper = "" if high == math.inf else f" and {'below' if name in BELOW_ONE else 'at most'} {high}"
+            raise ConfigError(f"{name} must be a finite number {lower}{upper}; got {item}.")
+
+
+def _check_combinations(config: TrainingConfig) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    c = config
+    for name in ("output_dir", "resume", "project_name"):
+        require(bool(vars(c)[name].strip()), f"{name} must not be empty.")
+    require(
+        (c.max_steps is None) != (c.max_epochs is None),
+        f"give either max_steps or max_epochs, and null for the other; got max_steps={_yaml(c.max_steps)} and "
+        f"max_epochs={_yaml(c.max_epochs)}.",
+    )
+    require(c.lr_schedule in SCHEDULES, f"lr_schedule must be one of {_or(SCHEDULES)}; got {c.lr_schedule!r}.")
+    for name in c.trackers:
+        require(name in TRACKERS, f"there is no tracker {name!r}.{_nearest(name, TRACKERS)} Known: {_or(TRACKERS)}.")
+    require(len(set(c.trackers)) == len(c.trackers), f"a tracker is named twice in trackers={c.trackers}.")
+    require(
+        c.max_timestep is None or c.min_timestep <= c.max_timestep,
+        f"min_timestep={c.min_timestep} must not be above max_timestep={c.max_timestep}.",
+    )
+    require(
+        c.validate_every is None or bool(c.validation_prompts),
+        f"validate_every={c.validate_every} needs validation_prompts; give a list of prompts, or validate_every=null.",
+    )
+    require(c.adapter == "none" or bool(c.lora_targets), "lora_targets must name at least one module.")
+    require(
+        c.ties == "drop" or c.min_margin == 0,
+        f"ties=soft keeps ties, min_margin={c.min_margin} drops them: choose min_margin=0 or ties=drop.",
+    )
+
+
+def _check_idle(config: TrainingConfig) -> None:
+    """Refuse a setting that was changed from its default although another one keeps it from being read."""
+    from .trainers.config import SFTConfig
+
+    c = config
+    rules: list[tuple[bool, str, list[str]]] = [
+        (c.adapter == "none", "adapter=none", ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]),
+        (c.adapter != "none", f"adapter={c.adapter} (its reference is the base itself)", ["reference_dtype"]),
+        (isinstance(c, SFTConfig), "method sft (it has no reference and needs a winner)", ["reference_dtype", "ties"]),
+        (c.optimizer == "adafactor", "optimizer=adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+        (c.lr_schedule == "constant", "lr_schedule=constant (use constant_with_warmup)", ["warmup_steps"]),
+        (bool(c.timesteps), "a list of timesteps", ["min_timestep", "max_timestep"]),
+        (c.validate_every is None, "validate_every=null", ["validation_prompts"]),
+        (not c.push_to_hub, "push_to_hub=false", ["hub_model_id", "hub_private"]),
+    ]
+    settings = _fields(type(c))
+    for applies, reason, names in rules:
+        for name in names:
+            default = _default(settings[name])
+            if applies and vars(c)[name] != default:
+                raise ConfigError(
+                    f"{name}={_yaml(vars(c)[name])} has no effect with {reason}: leave it out, or set "
+                    f"{name}={_yaml(default)}, its default."
+                )
+
+
+def check_installed(config: TrainingConfig) -> None:
+    """Refuse settings that need a package which is not installed, before any model is loaded.
+
+    Raises:
+        ConfigError: names the setting, the package and the command that installs it.
+    """
+    needed = [(f"trackers={name}", name, name) for name in config.trackers]
+    needed += [("optimizer=adamw_8bit", "bitsandbytes", "bnb")] * (config.optimizer == "adamw_8bit")
+    needed += [("attention=xformers", "xformers", "xformers")] * (config.attention == "xformers")
+    for setting, package, extra in needed:
+        if find_spec(package) is None:
+            raise ConfigError(f"{setting} needs {package}: run `pip install 'diffalign[{extra}]'`, or change the setting.")
+
+
+# --- explaining and writing --------------------------------------------------------------------------------------
+
+
+def describe() -> str:
+    """Every key with type, default and meaning, under the headings of the dataclasses' own comments."""
+    blocks = [_describe(Job, set())]
+    shared: set[str] = set()
+    for name, method in METHODS.items():
+        cls = load_object(method.config)
+        if not shared:
+            base = cls.__mro__[1]
+            blocks.append(_describe(base, set()))
+            shared = set(_fields(base))
+        summary = (inspect.getdoc(cls) or "").splitlines()[0].rstrip(".")
+        own = _describe(cls, shared)
+        blocks.append(f"Method {name}: {summary}\n" + (own or "  (no keys of its own)\n"))
+    return "\n".join(blocks)
+
+
+def _describe(cls: type, skip: set[str]) -> str:
+    kinds, headings = typing.get_type_hints(cls), _headings(cls)
+    lines: list[str] = []
+    for name, setting in _fields(cls).items():
+        if name in skip:
+            continue
+        if name in headings:
+            lines += [""] * bool(lines) + [headings[name]]
+        default = "required" if _default(setting) is MISSING else f"default {_yaml(_default(setting))}"
+        lines += [f"  {name}: {type_name(kinds[name])}; {default}", f"      {setting.metadata['help']}"]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _headings(cls: type) -> dict[str, str]:
+    """The comment line that stands above a field, by field name."""
+    lines = inspect.getsource(cls).splitlines()
+    body = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above = lines[node.lineno - 2].strip()
+            if above.startswith("# "):
+                found[node.target.id] = above[2:]
+    return found
+
+
+def _default(setting: Field[Any]) -> Any:
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
+
+
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
+def dump(job: Job, config: TrainingConfig) -> str:
+    """The resolved job as YAML that :func:`load_job` reads back to the same."""
+    return yaml.dump(asdict(job) | asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,294 @@
+"""Where rows come from: Parquet and hub datasets, an image folder with a table, or rows in memory.
+
+Each becomes a :class:`Table`, which gives single rows with their images, and all rows without them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets.data_files import DataFilesList, get_data_patterns
+
+from ..errors import DataError
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+PICTURES = {"images", "jpg_0", "jpg_1"}
+Cells = dict[str, Any]
+
+
+class Table(ABC):
+    """Rows by number, with their original columns.
+
+    Args:
+        name: how messages name the table.
+        columns: names of its columns.
+        fingerprint: equal only for equal content; None when that is not known.
+    """
+
+    name: str
+    columns: list[str]
+    fingerprint: str | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, number: int) -> Cells:
+        """All cells of a row."""
+
+    @abstractmethod
+    def outline(self, number: int) -> Cells:
+        """The cells of a row that hold no pictures."""
+
+    @abstractmethod
+    def outlines(self) -> Iterator[Cells]:
+        """Each row without its pictures; `images` is the number of them (or what stands there, if it is no list)."""
+
+
+class ListTable(Table):
+    """Rows in memory."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = "the rows") -> None:
+        self.rows, self.name, self.fingerprint = rows, name, None
+        self.columns = list(dict.fromkeys(column for row in rows for column in row))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, number: int) -> Cells:
+        return dict(self.rows[number])
+
+    def outline(self, number: int) -> Cells:
+        return {key: cell for key, cell in self.rows[number].items() if key not in PICTURES}
+
+    def outlines(self) -> Iterator[Cells]:
+        for row in self.rows:
+            yield {key: len(cell) if key == "images" and _is_list(cell) else cell for key, cell in row.items()}
+
+
+class FolderTable(ListTable):
+    """An image folder with a table that names the pictures of each prompt."""
+
+    def __init__(self, metadata: Path) -> None:
+        super().__init__(_read_metadata(metadata), name=str(metadata))
+        self.folder = metadata.parent.resolve()
+
+    def record(self, number: int) -> Cells:
+        cells = super().record(number)
+        names = cells.get("images")
+        if not _is_list(names):
+            raise DataError(f"{self.name}, row {number}, images: expected a list of file names, got {names!r}.")
+        return cells | {"images": [self._path(name, f"row {number}, images[{i}]") for i, name in enumerate(names)]}
+
+    def _path(self, name: Any, where: str) -> Path:
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{self.name}, {where}: expected a file name, got {name!r}.")
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise DataError(f"{self.name}, {where}: {name} lies outside the folder. Name pictures inside of it.")
+        return path
+
+
+class ArrowTable(Table):
+    """A `datasets.Dataset`: memory-mapped, so that only the rows asked for are read."""
+
+    def __init__(self, dataset: datasets.Dataset, name: str) -> None:
+        self.dataset, self.name = dataset.with_format("arrow"), name
+        self.columns = list(dataset.column_names)
+        self.fingerprint = getattr(dataset, "_fingerprint", None)
+        self._light = self.dataset.select_columns([name for name in self.columns if name not in PICTURES])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def record(self, number: int) -> Cells:
+        return self.dataset[number].to_pylist()[0]
+
+    def outline(self, number: int) -> Cells:
+        return self._light[number].to_pylist()[0]
+
+    def outlines(self) -> Iterator[Cells]:
+        counts = self._image_counts()
+        for number, row in enumerate(row for part in self._light.iter(1000) for row in part.to_pylist()):
+            yield row | {"images": counts[number]} if counts else row
+
+    def _image_counts(self) -> list[int | None]:
+        """Length of each list of images, from Arrow's offsets alone."""
+        if "images" not in self.columns:
+            return []
+        kind = self.dataset.data.schema.field("images").type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            raise DataError(
+                f"{self.name}, column images: expected lists of images, got {kind}. See docs/data-format.md."
+            )
+        parts = self.dataset.select_columns(["images"]).iter(1000)
+        return [count for part in parts for count in pc.list_value_length(part["images"]).to_pylist()]
+
+
+def open_table(source: Any, *, split: str, revision: str | None) -> Table:
+    """The table behind whatever the user named.
+
+    Args:
+        source: folder of Parquet, image folder, a table file, hub id, `datasets.Dataset` or list of rows.
+        split: split to read.
+        revision: hub revision.
+
+    Raises:
+        DataError: there is no such thing, or it holds no such split.
+    """
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise DataError(f"expected a split named {split!r}, got {', '.join(source)}.")
+        return ArrowTable(source[split], f"the split {split!r}")
+    if isinstance(source, datasets.Dataset):
+        return ArrowTable(source, "the dataset")
+    if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
+        for number, row in enumerate(source):
+            if not isinstance(row, Mapping):
+                raise DataError(f"row {number}: expected a dict of cells, got {type(row).__name__}.")
+        return ListTable(source)
+    if not isinstance(source, (str, Path)):
+        raise DataError(
+            f"expected a folder, a file, a hub id, a datasets.Dataset or a list of rows, got {type(source).__name__}."
+        )
+    path = Path(source)
+    if not path.exists():
+        return _open_hub(str(source), split, revision)
+    if revision is not None:
+        raise DataError(f"{path} is on this disk, so revision={revision!r} means nothing. Leave it out.")
+    return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
+
+
+def _open_folder(folder: Path, split: str) -> Table:
+    for place in (folder / split, folder):
+        for name in METADATA:
+            if (place / name).is_file():
+                if place == folder and split != "train":
+                    raise DataError(f"{folder} has only the split 'train', got split={split!r}.")
+                return _open_metadata(place / name)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return open_table(_from_disk(folder), split=split, revision=None)
+    if not any(folder.rglob("*.parquet")):
+        raise DataError(
+            f"{folder} holds neither *.parquet nor {', '.join(METADATA)}: expected a preference table. "
+            "See docs/data-format.md."
+        )
+    patterns = get_data_patterns(str(folder))
+    if split not in patterns:
+        raise DataError(f"{folder}: expected a split named {split!r}, got {', '.join(map(str, patterns))}.")
+    files = DataFilesList.from_patterns(patterns[split], base_path=str(folder), allowed_extensions=[".parquet"])
+    return _load_parquet(sorted(map(str, files)), str(folder), split)
+
+
+def _from_disk(folder: Path) -> Any:
+    """What `save_to_disk` wrote."""
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be read as a dataset saved by save_to_disk ({error}).") from error
+
+
+def _open_file(path: Path, split: str) -> Table:
+    if split != "train":
+        raise DataError(f"{path} is a single file, which has only the split 'train', got split={split!r}.")
+    if path.suffix == ".parquet":
+        return _open_metadata(path) if path.name in METADATA else _load_parquet([str(path)], str(path), split)
+    if path.suffix in (".jsonl", ".csv"):
+        return FolderTable(path)
+    raise DataError(f"{path}: expected a .parquet, .jsonl or .csv table, got {path.suffix or 'no suffix'}.")
+
+
+def _open_metadata(path: Path) -> Table:
+    """A table beside pictures; a metadata.parquet may also carry the pictures themselves."""
+    if path.suffix == ".parquet" and not _names_files(path):
+        return _load_parquet([str(path)], str(path), "train")
+    return FolderTable(path)
+
+
+def _names_files(path: Path) -> bool:
+    schema = _parquet_schema(path)
+    return "images" in schema.names and str(schema.field("images").type).endswith("string>")
+
+
+def _parquet_schema(path: Path) -> Any:
+    try:
+        return pq.read_schema(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again.") from error
+
+
+def _load_parquet(files: list[str], name: str, split: str) -> Table:
+    for file in files:  # a file cut short is named here, which `datasets` would not do
+        _parquet_schema(Path(file))
+    try:
+        return ArrowTable(datasets.load_dataset("parquet", data_files={split: files}, split=split), name)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{name}: cannot be read as one table ({error.__cause__ or error}).") from error
+
+
+def _open_hub(name: str, split: str, revision: str | None) -> Table:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise DataError(f"{name}: no such file or folder (and not a hub id of the form owner/name). Check the path.")
+    try:
+        return ArrowTable(datasets.load_dataset(name, split=split, revision=revision), name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{name}: no such file or folder here, and the hub's dataset of that name cannot be loaded: {error}"
+        ) from error
+
+
+def _read_metadata(path: Path) -> list[Cells]:
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}).") from error
+    if path.suffix == ".csv":
+        return [_csv_cells(row, path, number) for number, row in enumerate(csv.DictReader(text.splitlines()))]
+    rows = []
+    for line, content in enumerate(text.splitlines(), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {line}: not JSON ({error}). Each line is one row.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {line}: expected an object of cells, got {type(row).__name__}.")
+        rows.append(row)
+    return rows
+
+
+def _csv_cells(row: Mapping[str, Any], path: Path, number: int) -> Cells:
+    """Lists in a CSV are separated by semicolons; `scores` is JSON."""
+    if None in row or None in row.values():
+        raise DataError(
+            f"{path}, row {number}: expected as many cells as the header has columns. Quote texts with commas."
+        )
+    cells: Cells = {}
+    for key, text in row.items():
+        if key in ("images", "preference", "rank"):
+            cells[key] = [part.strip() for part in text.split(";")] if text else None
+        elif key in ("scores", "sources"):
+            try:
+                cells[key] = json.loads(text) if text else None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, row {number}, {key}: expected JSON, got {text!r} ({error}).") from error
+        else:
+            cells[key] = text
+    return cells
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

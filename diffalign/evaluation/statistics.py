@@ -1,0 +1,178 @@
+"""Paired comparisons and how sure they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from ..errors import DataError
+
+_RESAMPLES = 10_000
+_CELLS = 4_000_000  # counts held in memory at once while resampling
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval. NaN bounds: too few pairs to say anything."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """Two systems compared on the same (prompt, seed) pairs under one score.
+
+    Args:
+        base: mean score of the base.
+        aligned: mean score of the aligned model.
+        difference: aligned - base.
+        win_rate: share of pairs the aligned model wins, a tie counting half.
+        wins, ties, losses: shares of pairs.
+        n: pairs with both scores.
+        missing: pairs left out because a score is missing.
+        prompts: different prompts among the n pairs; the units that are resampled.
+    """
+
+    base: float
+    aligned: float
+    difference: Interval
+    win_rate: Interval
+    wins: float
+    ties: float
+    losses: float
+    n: int
+    missing: int
+    prompts: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of one score in ``report.json``; NaN becomes null."""
+        return {
+            "base": _number(self.base),
+            "aligned": _number(self.aligned),
+            "difference": {**_interval(self.difference, "mean"), "n": self.n},
+            "win_rate": {
+                **_interval(self.win_rate, "value"),
+                "wins": _number(self.wins),
+                "ties": _number(self.ties),
+                "losses": _number(self.losses),
+            },
+            "missing": self.missing,
+            "resampled_prompts": self.prompts,
+        }
+
+
+def compare_paired(
+    base: ArrayLike, aligned: ArrayLike, prompts: Sequence[Hashable], *, confidence: float = 0.95, seed: int = 0
+) -> PairedResult:
+    """Compare two systems pair by pair.
+
+    Pictures of one prompt are not independent, so whole prompts are resampled, each with all its seeds. With a single
+    prompt its pairs are resampled, and the interval speaks about that prompt alone.
+
+    Args:
+        base: (N,) scores of the base; NaN is missing.
+        aligned: (N,) scores of the aligned model on the same (prompt, seed) pairs.
+        prompts: N prompts (or other keys); equal ones form a cluster.
+        confidence: of both intervals.
+        seed: of the resampling.
+
+    Raises:
+        DataError: the three differ in length.
+    """
+    first, second = np.asarray(base, dtype=np.float64), np.asarray(aligned, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(prompts) != len(first):
+        raise DataError(
+            f"expected as many base scores, aligned scores and prompts, got {first.shape}, {second.shape} and "
+            f"{len(prompts)}."
+        )
+    kept = np.isfinite(first) & np.isfinite(second)
+    first, second = first[kept], second[kept]
+    clusters = cluster_ids([prompt for prompt, keep in zip(prompts, kept, strict=True) if keep])
+    outcome = np.sign(second - first)  # 1 win, 0 tie, -1 loss
+    n = len(first)
+    share = (lambda sign: float(np.mean(outcome == sign))) if n else (lambda sign: math.nan)
+    return PairedResult(
+        base=float(first.mean()) if n else math.nan,
+        aligned=float(second.mean()) if n else math.nan,
+        difference=bootstrap_mean(second - first, clusters, confidence=confidence, seed=seed),
+        win_rate=bootstrap_mean((outcome + 1) / 2, clusters, confidence=confidence, seed=seed),
+        wins=share(1),
+        ties=share(0),
+        losses=share(-1),
+        n=n,
+        missing=int((~kept).sum()),
+        prompts=int(clusters.max()) + 1 if n else 0,
+    )
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+) -> Interval:
+    """Mean of ``values`` with a cluster-bootstrap interval.
+
+    The percentile interval of few units is too narrow; its percentiles are widened to those of Student's t with m - 1
+    degrees of freedom (the "expanded percentile interval" of Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", section 5.3). With one cluster only, the values themselves are resampled.
+
+    Args:
+        values: (N,) finite numbers.
+        clusters: (N,) ids 0 .. m - 1 of what is resampled together; None resamples the values one by one.
+        confidence: probability with which the interval is meant to hold the true mean.
+        seed: of the resampling.
+        resamples: how many.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    ids = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    if ids.max() == 0:
+        ids = np.arange(len(values))
+    sums, counts = np.bincount(ids, weights=values), np.bincount(ids).astype(np.float64)
+    m = len(sums)
+    if m < 2:
+        return Interval(float(values.mean()), math.nan, math.nan)
+    means = _resampled_means(sums, counts, resamples, np.random.default_rng(seed))
+    tail = stats.norm.cdf(math.sqrt(m / (m - 1)) * stats.t.ppf((1 - confidence) / 2, m - 1))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def cluster_ids(keys: Sequence[Hashable]) -> NDArray[np.int64]:
+    """(N,) whole numbers from 0 in order of first appearance; equal keys share one."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def _resampled_means(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(resamples,) means of m clusters drawn with replacement; larger clusters weigh more, as they do in the mean."""
+    m = len(sums)
+    means = []
+    for start in range(0, resamples, block := max(1, _CELLS // m)):
+        drawn = rng.multinomial(m, np.full(m, 1 / m), size=min(block, resamples - start))
+        means.append((drawn @ sums) / (drawn @ counts))
+    return np.concatenate(means)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _interval(interval: Interval, name: str) -> dict[str, Any]:
+    values = {key: _number(value) for key, value in asdict(interval).items()}
+    known = values["low"] is not None and values["high"] is not None
+    return {name: values["mean"], "ci95": [values["low"], values["high"]] if known else None}

@@ -1,0 +1,230 @@
+"""Pictures from a pipeline, the same whatever the batch size.
+
+The pipeline's own ``__call__`` does the sampling, so every scheduler and adapter works. Around it: prompts are encoded
+once, each picture has a random generator of its own, and latents are decoded in fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import ConfigError
+from ..randomness import keyed_seed
+
+log = logging.getLogger(__name__)
+
+_DECODE_PIXELS = 2**21  # decoded at once: two pictures of 1024 x 1024, whose fp32 activations take about 10 GB
+
+
+def picture_seed(prompt: str, seed: int) -> int:
+    """The seed of one picture's generator.
+
+    Plain diffusers draws the same picture with
+    ``pipeline(prompt, generator=torch.Generator("cpu").manual_seed(picture_seed(prompt, seed)))`` (fp32, equal settings).
+    Seed 0 of one prompt shares nothing with seed 0 of another.
+    """
+    return keyed_seed("picture", prompt, seed)
+
+
+def generate_images(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+    progress: bool = False,
+) -> list[Image.Image]:
+    """Draw one picture for each (prompt, seed).
+
+    Args:
+        pipeline: a Stable Diffusion or SDXL pipeline; left as it was found.
+        prompts: N prompts; repeated ones are encoded once.
+        seeds: N seeds; picture i depends on ``prompts[i]`` and ``seeds[i]`` alone (:func:`picture_seed`).
+        steps: sampling steps.
+        guidance: classifier-free guidance scale; at most 1 switches guidance off.
+        batch_size: pictures drawn at once; a matter of speed and memory, never of content.
+        height: pixels; None takes the pipeline's own.
+        width: pixels; None takes the pipeline's own.
+        progress: show a progress bar.
+
+    Returns:
+        N RGB images. Where an SD pipeline has a safety checker, flagged ones are black, and their number is logged.
+
+    Raises:
+        ConfigError: the pipeline's family is not supported, a component is missing, or a setting is out of range.
+    """
+    batches = iterate_images(
+        pipeline, prompts, seeds, steps=steps, guidance=guidance, batch_size=batch_size, height=height, width=width
+    )
+    images: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc="pictures", unit="image", disable=not progress) as bar:
+        for batch in batches:
+            images += batch
+            bar.update(len(batch))
+    return images
+
+
+def iterate_images(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 16,
+    height: int | None = None,
+    width: int | None = None,
+) -> Iterator[list[Image.Image]]:
+    """:func:`generate_images` batch by batch, for lists whose pictures do not fit in memory."""
+    _check(pipeline, prompts, seeds, steps, batch_size)
+    guided = guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None  # type: ignore[attr-defined]
+    encoder = _PromptEncoder(pipeline, prompts, guided)
+    scale = pipeline.vae_scale_factor  # type: ignore[attr-defined]
+    native = pipeline.unet.config.sample_size  # type: ignore[attr-defined]
+    native_height, native_width = (native, native) if isinstance(native, int) else native
+    height, width = height or native_height * scale, width or native_width * scale
+    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)  # type: ignore[attr-defined]
+    with _quiet_inference(pipeline):
+        for start in range(0, len(prompts), batch_size):
+            chosen = slice(start, min(start + batch_size, len(prompts)))
+            with torch.inference_mode():
+                generators = [
+                    torch.Generator("cpu").manual_seed(picture_seed(prompt, seed))
+                    for prompt, seed in zip(prompts[chosen], seeds[chosen], strict=True)
+                ]
+                conditioning = encoder(chosen)
+                # Drawn in fp32 on the CPU: every device and precision starts from the same noise.
+                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                latents = pipeline(
+                    **conditioning,
+                    latents=noise.to(conditioning["prompt_embeds"].dtype),
+                    generator=generators,  # stochastic schedulers draw on, each picture from its own
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    height=height,
+                    width=width,
+                    output_type="latent",
+                ).images
+                images = _decode(pipeline, latents)
+            yield images
+
+
+class _PromptEncoder:
+    """Encodes each prompt once and forgets it after its last use."""
+
+    def __init__(self, pipeline: Any, prompts: Sequence[str], guided: bool) -> None:
+        self.pipeline, self.prompts, self.guided = pipeline, prompts, guided
+        self.last_use = {prompt: index for index, prompt in enumerate(prompts)}
+        self.cache: dict[str, dict[str, Tensor]] = {}
+        self.negative: dict[str, Tensor] | None = None
+
+    def __call__(self, chosen: slice) -> dict[str, Tensor]:
+        """Keyword arguments of the pipeline for ``prompts[chosen]``."""
+        batch = self.prompts[chosen]
+        missing = list(dict.fromkeys(prompt for prompt in batch if prompt not in self.cache))
+        if missing:
+            positive = self._encode(missing)
+            for index, prompt in enumerate(missing):
+                self.cache[prompt] = {name: tensor[index] for name, tensor in positive.items()}
+        result = {name: torch.stack([self.cache[prompt][name] for prompt in batch]) for name in self.cache[batch[0]]}
+        if self.negative is not None:
+            result |= {name: tensor.expand(len(batch), *tensor.shape[1:]) for name, tensor in self.negative.items()}
+        for prompt in batch:
+            if self.last_use[prompt] < chosen.stop:
+                self.cache.pop(prompt, None)
+        return result
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Embeddings by argument name; the first call also takes the pipeline's own negative branch."""
+        first = self.guided and self.negative is None
+        encoded = self.pipeline.encode_prompt(
+            prompts,
+            device=self.pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=first,
+        )
+        names = ("prompt_embeds", "pooled_prompt_embeds") if len(encoded) == 4 else ("prompt_embeds",)
+        if first:  # (text, negative text[, pooled, negative pooled])
+            self.negative = {f"negative_{n}": v[:1] for n, v in zip(names, encoded[1::2], strict=True)}
+        return dict(zip(names, encoded[0::2], strict=True))
+
+
+def _check(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> None:
+    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+        raise ConfigError(
+            f"expected a StableDiffusionPipeline or StableDiffusionXLPipeline, got {type(pipeline).__name__}."
+        )
+    if isinstance(prompts, str):
+        raise ConfigError("expected a list of prompts, got one string; put it in a list: [prompt].")
+    if len(prompts) != len(seeds):
+        raise ConfigError(f"expected one seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
+    if steps < 1 or batch_size < 1:
+        raise ConfigError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}.")
+    if pipeline.text_encoder is None and getattr(pipeline, "text_encoder_2", None) is None:
+        raise ConfigError("the pipeline has no text encoder; load it whole to draw pictures from prompts.")
+    if pipeline.vae is None:
+        raise ConfigError("the pipeline has no VAE; load it whole to draw pictures.")
+
+
+@contextmanager
+def _quiet_inference(pipeline: Any) -> Iterator[None]:
+    """No progress bar of the pipeline's own, no dropout, the VAE in fp32; everything is put back afterwards."""
+    bar = getattr(pipeline, "_progress_bar_config", None)
+    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    training = [m for module in modules for m in module.modules() if m.training]
+    dtype = pipeline.vae.dtype
+    with ExitStack() as stack:
+        stack.callback(setattr, pipeline, "_progress_bar_config", bar if bar is not None else {})
+        pipeline.set_progress_bar_config(disable=True)
+        stack.callback(lambda: [setattr(m, "training", True) for m in training])
+        for module in modules:
+            module.eval()
+        if dtype != torch.float32:
+            stack.callback(pipeline.vae.to, dtype=dtype)
+            pipeline.vae.to(dtype=torch.float32)
+        yield
+
+
+def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+    """Latents (N, c, h, w) as the pipeline returns them to N images."""
+    vae = pipeline.vae
+    latents = latents.to(vae.device, torch.float32)
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
+        latents = latents * std / vae.config.scaling_factor + mean
+    else:
+        latents = latents / vae.config.scaling_factor
+    pixels = latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
+    images: list[Image.Image] = []
+    for part in latents.split(max(1, _DECODE_PIXELS // pixels)):
+        decoded = vae.decode(part, return_dict=False)[0]
+        decoded, black = _safe(pipeline, decoded)
+        images += pipeline.image_processor.postprocess(
+            decoded, output_type="pil", do_denormalize=[not flagged for flagged in black]
+        )
+    return images
+
+
+def _safe(pipeline: Any, decoded: Tensor) -> tuple[Tensor, list[bool]]:
+    """The pipeline's safety checker, where it has one: flagged pictures come back as zeros, which stay black."""
+    if getattr(pipeline, "safety_checker", None) is None:
+        return decoded, [False] * len(decoded)
+    dtype = next(pipeline.safety_checker.parameters()).dtype
+    decoded, flagged = pipeline.run_safety_checker(decoded, decoded.device, dtype)
+    if any(flagged):
+        log.warning("the safety checker blacked out %d of %d pictures", sum(flagged), len(flagged))
+    return decoded, list(flagged)

@@ -1,0 +1,78 @@
+"""The reference model: the policy with its adapters switched off, or a frozen copy. Its identity never changes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+
+class Reference(ABC):
+    """Gives the module to call for reference predictions, and a hash of its weights."""
+
+    identity: str
+
+    @abstractmethod
+    def use(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Context manager that yields the module to call; gradients are the caller's matter."""
+
+
+class AdapterReference(Reference):
+    """The policy's own base weights: adapters are off inside the context, and on again after it, whatever happens.
+
+    Args:
+        denoiser: the unwrapped policy with at least one adapter.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.identity = weights_hash(denoiser, skip="lora_")
+
+    @contextmanager
+    def use(self, policy: nn.Module) -> Iterator[nn.Module]:
+        self.denoiser.disable_adapters()
+        try:
+            yield self.denoiser
+        finally:
+            self.denoiser.enable_adapters()
+
+
+class FrozenReference(Reference):
+    """A copy of the policy as it was at the start.
+
+    Args:
+        denoiser: the unwrapped policy, before its first update.
+        dtype: precision of the copy; None keeps the policy's, so that both agree bit for bit at step 0.
+    """
+
+    def __init__(self, denoiser: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.module = copy.deepcopy(denoiser).requires_grad_(False).eval()
+        self.identity = weights_hash(self.module)
+        if dtype is not None:
+            self.module.to(dtype)
+
+    @contextmanager
+    def use(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self.module
+
+
+def weights_hash(module: nn.Module, *, skip: str | None = None) -> str:
+    """Hash of a module's parameters: order, base names, dtypes, shapes and bytes.
+
+    Args:
+        module: any module.
+        skip: leave out parameters whose name contains this, for example ``lora_``.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        if skip is not None and skip in name:
+            continue
+        tensor = parameter.detach().cpu().contiguous()
+        digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()

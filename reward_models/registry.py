@@ -1,0 +1,105 @@
+"""Finding a reward model by name, dotted path or callable."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, cast
+
+from .base import FunctionRewardModel
+from .errors import RewardModelError
+from .protocol import PairwiseRewardModel, RewardModel
+
+ENTRY_POINT_GROUP = "reward_models"
+_BUILT_IN = {"clip": "reward_models.clip:ClipScore"}
+
+
+def load_reward_model(
+    name_or_path: str | RewardModel | Callable[..., Any],
+    *,
+    device: str | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    **options: Any,
+) -> RewardModel:
+    """Load a scorer.
+
+    Args:
+        name_or_path: a name (:func:`available_reward_models`), a dotted path ``package.module:Class`` or
+            ``package.module:function``, a class, a scoring function ``f(images, prompts) -> scores``, or a ready model,
+            which comes back as it is.
+        device: where a model with weights runs. Models that have none run on the CPU whatever is asked.
+        dtype: precision of the weights; refused by models that have none.
+        revision: revision of weights from the hub; refused by models that have none.
+        options: the model's own options.
+
+    Raises:
+        RewardModelError: no such name (the nearest and all available ones are listed), or an option the model lacks.
+    """
+    target = _find(name_or_path) if isinstance(name_or_path, str) else name_or_path
+    label = name_or_path if isinstance(name_or_path, str) else getattr(target, "__name__", type(target).__name__)
+    options |= {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value is not None}
+    if inspect.isclass(target):
+        accepted = _parameters(target)
+        if device is not None and "device" in accepted:
+            options["device"] = device
+        _refuse_unknown(label, options, accepted)
+        model = target(**options)
+        if not isinstance(model, (RewardModel, PairwiseRewardModel)):
+            raise RewardModelError(f"{label} is no reward model: it needs name, identity and score(images, prompts).")
+        return cast(RewardModel, model)
+    _refuse_unknown(label, options, set())
+    if isinstance(target, (RewardModel, PairwiseRewardModel)):
+        return cast(RewardModel, target)
+    if callable(target):
+        return FunctionRewardModel(target)
+    raise RewardModelError(f"{label} is neither a reward model, nor a class, nor a scoring function.")
+
+
+def available_reward_models() -> dict[str, str]:
+    """Every known name and the dotted path of its class: built in, or offered by an installed package."""
+    offered = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return offered | _BUILT_IN
+
+
+def _find(name: str) -> Any:
+    if ":" in name:
+        return _import(name)
+    known = available_reward_models()
+    if name in known:
+        return _import(known[name])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise RewardModelError(
+        f"there is no reward model {name!r}.{hint} Available: {', '.join(sorted(known))}; "
+        "or give your own as 'package.module:Class'."
+    )
+
+
+def _import(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise RewardModelError(f"cannot import {module!r} of the reward model {path!r}: {error}") from error
+    try:
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise RewardModelError(f"{module!r} has no {attribute!r} (reward model {path!r}).") from error
+    return found
+
+
+def _parameters(target: type) -> set[str]:
+    parameters = inspect.signature(target).parameters.values()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _refuse_unknown(label: str, options: dict[str, Any], accepted: set[str]) -> None:
+    unknown = [key for key in options if key not in accepted]
+    if unknown:
+        takes = f"it takes {', '.join(sorted(accepted))}" if accepted else "it takes none"
+        raise RewardModelError(f"the reward model {label} has no option {', '.join(map(repr, unknown))}; {takes}.")

@@ -1,0 +1,136 @@
+"""The true full-size UNets, on the meta device: parameters, LoRA targets, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+
+from diffalign.errors import ConfigError
+from diffalign.pipelines.memory import (
+    GIB,
+    estimate_memory,
+    lora_modules,
+    lora_parameter_count,
+    meta_unet,
+    parameter_count,
+)
+from diffalign.trainers.config import LORA_TARGETS
+from tests.pipelines.full_size import SD15_UNET, SDXL_UNET
+from tests.tiny import tiny_sdxl
+
+SIZES = {"sdxl": (SDXL_UNET, 2_567_463_684, 560), "sd15": (SD15_UNET, 859_520_964, 128)}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def full_size(request):
+    config, parameters, attention_layers = SIZES[request.param]
+    return request.param, meta_unet(config), parameters, attention_layers
+
+
+def test_published_parameter_counts(full_size):
+    _, unet, parameters, _ = full_size
+    assert parameter_count(unet) == parameters
+    assert all(parameter.is_meta for parameter in unet.parameters())
+
+
+def test_default_targets_are_the_four_projections_of_every_attention(full_size):
+    name, unet, _, attention_layers = full_size
+    matched = lora_modules(unet, LORA_TARGETS)
+    assert len(matched) == attention_layers
+    # one to_q per attention, two attentions per transformer block
+    blocks = {n.rsplit(".attn", 1)[0] for n in matched}
+    assert len(blocks) == {"sdxl": 70, "sd15": 16}[name] and attention_layers == 8 * len(blocks)
+    assert lora_parameter_count(unet, 16, LORA_TARGETS) == {"sdxl": 23_224_320, "sd15": 3_188_736}[name]
+    assert lora_parameter_count(unet, 64, LORA_TARGETS) == 4 * lora_parameter_count(unet, 16, LORA_TARGETS)
+
+
+@pytest.mark.parametrize("targets", [LORA_TARGETS, ("to_q", "proj_in", "conv1", "ff.net.2")])
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_parameter_count_is_what_peft_adds(targets, dora):
+    unet = tiny_sdxl().unet
+    expected = lora_parameter_count(unet, 4, targets, dora=dora)
+    unet.add_adapter(LoraConfig(r=4, target_modules=list(targets), use_dora=dora))
+    assert sum(p.numel() for n, p in unet.named_parameters() if "lora_" in n) == expected
+
+
+def test_recipes_have_the_memory_their_arithmetic_says():
+    lora = estimate_memory(SDXL_UNET, lora_rank=64, gradient_checkpointing=True)
+    assert lora.weights == 2 * 2_567_463_684  # the frozen base in bf16
+    assert lora.adapter == lora.gradients == 4 * 92_897_280 and lora.optimizer == 2 * lora.adapter
+    assert lora.reference == 0  # adapters switched off
+    assert lora.total < 12 * GIB
+
+    full = estimate_memory(SDXL_UNET, adapter="none", optimizer="adamw", gradient_checkpointing=True)
+    assert full.weights == (4 + 2) * 2_567_463_684 and full.gradients == 4 * 2_567_463_684
+    assert full.optimizer == 8 * 2_567_463_684 and full.reference == 4 * 2_567_463_684
+    thrifty = estimate_memory(
+        SDXL_UNET, adapter="none", optimizer="adafactor", gradient_checkpointing=True, reference_dtype="bf16"
+    )
+    assert thrifty.total < 40 * GIB < full.total
+    assert estimate_memory(SDXL_UNET, adapter="none", ema=True).optimizer - full.optimizer == full.gradients
+    assert "GiB" in str(full)
+
+
+def test_activations_grow_with_images_and_resolution_and_shrink_with_checkpointing():
+    base = estimate_memory(SDXL_UNET).activations
+    assert estimate_memory(SDXL_UNET, images=4).activations == 2 * base
+    assert estimate_memory(SDXL_UNET, resolution=512).activations == base / 4
+    assert estimate_memory(SDXL_UNET, mixed_precision="no").activations == 2 * base
+    assert estimate_memory(SDXL_UNET, gradient_checkpointing=True).activations < base / 4
+
+
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
+    """Traced on the meta device with a fused attention, whose backward needs q, k, v and the output."""
+
+    class FusedAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            out = torch.empty_like(q)
+            ctx.save_for_backward(q, k, v, out)
+            return out
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise AssertionError("never called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v))
+    config = SIZES[name][0]
+    unet = meta_unet(config)
+    if lora:
+        unet.requires_grad_(False)
+        with torch.device("meta"):
+            unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGETS)))
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no storage is counted twice
+        return tensor
+
+    side = config["sample_size"]
+    with torch.device("meta"):
+        added = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
+        inputs = torch.empty(2, 4, side, side), torch.zeros(2, dtype=torch.int64), torch.empty(2, 77, config["cross_attention_dim"])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            unet(*inputs, added_cond_kwargs=added).sample
+    traced = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    estimate = estimate_memory(config, resolution=8 * side, images=2, mixed_precision="no").activations
+    assert 1 / 1.3 < estimate / traced < 1.3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mixed_precision": "fp8"}, {"optimizer": "sgd"}, {"adapter": "full"}, {"reference_dtype": "fp32"}]
+)
+def test_unknown_values_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be one of"):
+        estimate_memory(SD15_UNET, **wrong)
+
+
+def test_targets_that_match_nothing_are_refused():
+    with pytest.raises(ConfigError, match="match no layer"):
+        estimate_memory(SD15_UNET, lora_targets=("query",))
