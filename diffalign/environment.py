@@ -111,7 +111,7 @@ def info() -> dict[str, Any]:
         "optional": {name: installed(name) for name in OPTIONAL},
         "problem": problem,
     }
-    return report | ({} if problem else _devices()) | _offers()
+    return report | _offers() | ({} if problem else _devices() | _scorers())
 
 
 def _devices() -> dict[str, Any]:
@@ -147,17 +147,17 @@ def _offers() -> dict[str, Any]:
 
     weights = Path(__file__).parent / "shapes" / "weights"
     files = [file for file in weights.rglob("*") if file.is_file()] if weights.is_dir() else []
-    reward_models = None
-    if find_spec("reward_models") is not None:
-        from reward_models.registry import available_reward_models
-
-        reward_models = sorted(available_reward_models())
     return {
         "methods": list(METHODS),
         "recipes": list(recipes()),
-        "reward_models": reward_models,
         "embedded_model": {"present": bool(files), "MB": round(sum(f.stat().st_size for f in files) / 1e6, 1)},
     }
+
+
+def _scorers() -> dict[str, Any]:
+    from reward_models import available_reward_models
+
+    return {"reward_models": sorted(available_reward_models())}
 
 
 if __name__ == "__main__":  # the Makefile asks after installing

@@ -1,7 +1,7 @@
 """Scores for pictures under prompts, usable without anything else of this repository.
 
-    from reward_models import load_reward_model
-    scores = load_reward_model("clip").score(images, prompts)   # (N,) fp32, NaN where a score is missing
+from reward_models import load_reward_model
+scores = load_reward_model("clip").score(images, prompts)   # (N,) fp32, NaN where a score is missing
 """
 
 from .base import BaseRewardModel, FunctionRewardModel

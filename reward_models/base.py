@@ -42,7 +42,7 @@ class BaseRewardModel(ABC):
         if not hasattr(images, "__len__"):
             images = list(images)
         if len(images) != len(prompts):
-            raise RewardModelError(f"every picture needs its prompt: got {len(images)} pictures, {len(prompts)} prompts.")
+            raise RewardModelError(f"expected a prompt for each picture, got {len(images)} and {len(prompts)} prompts.")
         parts = [torch.empty(0)]
         for start in range(0, len(prompts), self.batch_size):
             batch = slice(start, start + self.batch_size)

@@ -49,7 +49,8 @@ def _read(image: Any, index: int, pixel_range: tuple[float, float]) -> Image.Ima
         return _open(Path(image), index)
     if isinstance(image, torch.Tensor):
         if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise RewardModelError(f"picture {index}: a tensor must be (3, H, W) or (1, H, W), got {tuple(image.shape)}.")
+            shape = tuple(image.shape)
+            raise RewardModelError(f"picture {index}: a tensor must be (3, H, W) or (1, H, W), got {shape}.")
         values = image.detach().cpu()
         values = values.float() if values.is_floating_point() else values  # numpy knows no bfloat16
         return _from_array(values.permute(1, 2, 0).numpy(), index, pixel_range)

@@ -27,9 +27,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the report, as JSON, to this file.")] = None,
 ) -> None:
-    """Report counts, ties, sizes, duplicates, prompt lengths, and every bad row by its number.
+    """Say what is in a table, and what is wrong.
 
-    Exits with 1 when a row cannot be used.
+    Reports counts, ties, sizes, duplicates, prompt lengths, and every bad row by its number. Exits with 1 when a row cannot be used.
     """
     from ..data import check_preferences
 

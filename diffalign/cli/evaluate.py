@@ -35,7 +35,10 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one")] = None,
     method: Annotated[str | None, typer.Option(help="Name of the method.", show_default="the training run's")] = None,
 ) -> None:
-    """Compare base and aligned pictures of the same prompts and seeds; write report.json, report.html and grid.png."""
+    """Compare a base and an aligned model.
+
+    Both draw the same prompts from the same seeds; report.json, report.html and grid.png hold what came of it.
+    """
     from ..environment import check_torch_pair
     from ..errors import ConfigError
 

@@ -9,7 +9,10 @@ import typer
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices, attention back ends, and what is installed."""
+    """Show versions, devices, what is installed.
+
+    Exits with 1 when torch and torchvision do not match.
+    """
     from ..environment import info as gather
 
     report = gather()

@@ -12,7 +12,11 @@ def quickstart(
     output_dir: Annotated[Path, typer.Option(help="Folder of everything it makes.")] = Path("out/quickstart"),
     seed: Annotated[int, typer.Option(help="Key of all randomness: prompts, pictures and training.")] = 0,
 ) -> None:
-    """Generate, rank, train DPO, evaluate and report with the embedded micro SDXL: on a CPU, in minutes."""
+    """Generate, rank, train, evaluate: on a CPU.
+
+    The embedded micro SDXL draws pictures for training prompts, the checker ranks them, DPO trains on them, and held-out
+    prompts decide. Minutes on two cores.
+    """
     from ..environment import check_torch_pair
 
     check_torch_pair()

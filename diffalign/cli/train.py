@@ -27,7 +27,7 @@ class TrainCommand(TyperCommand):
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a recipe: shapes-dpo.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the file's, as in YAML.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the file's, as in YAML.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the settings, print them all as YAML, and stop.")] = False,
 ) -> None:
@@ -79,7 +79,7 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
     pipeline = load_pipeline(
         job.model, revision=job.model_revision, variant=job.model_variant, config=job.model_config
     )
-    trainer = trainer_class(job.method)(pipeline, config, train_dataset=dataset)
+    trainer = trainer_class(job.method)(pipeline, config, train_dataset=dataset, base_model=job.model)
     if trainer.accelerator.is_main_process:
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         (trainer.output_dir / "config.yaml").write_text(dump(job, config), encoding="utf-8")

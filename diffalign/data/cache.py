@@ -131,8 +131,8 @@ class TensorCache:
         found = read_manifest(path)
         if found != self.manifest:
             raise DataError(
-                f"{self.folder} was made for {found}, this run needs {self.manifest}. Choose another cache_dir or remove "
-                "it."
+                f"{self.folder} was made for {found}, this run needs {self.manifest}. Choose another cache_dir or "
+                "remove it."
             )
 
 

@@ -157,8 +157,8 @@ def _decoded_sizes(row: PreferenceRow) -> list[tuple[int, int]]:
         picture = decode_image(data, f"{row.where}, images[{index}]")
         if min(picture.size) < SMALLEST_EDGE:
             raise DataError(
-                f"{row.where}, images[{index}]: {picture.height} x {picture.width} pixels is smaller than a latent cell "
-                f"of {SMALLEST_EDGE} x {SMALLEST_EDGE}. Remove the row."
+                f"{row.where}, images[{index}]: {picture.height} x {picture.width} pixels is smaller than a latent "
+                f"cell of {SMALLEST_EDGE} x {SMALLEST_EDGE}. Remove the row."
             )
         sizes.append((picture.height, picture.width))
     return sizes

@@ -171,7 +171,8 @@ class EncodedPreferences:
 
 def size_multiple(adapter: PipelineAdapter) -> int:
     """Pixels that the edges of an image must be a multiple of: latent cell x downsampling of the denoiser."""
-    blocks = adapter.denoiser.config.get("down_block_types") or ("one",)
+    config: Any = adapter.denoiser.config
+    blocks = config.get("down_block_types") or ("one",)
     return adapter.vae_scale_factor * 2 ** (len(blocks) - 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,10 +35,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             f"cannot write {path}: {error.strerror or error}. Free space or choose another folder."
         ) from error
     finally:
-        try:
+        with suppress(OSError):  # where the folder itself cannot be reached, the error above already says so
             temporary.unlink(missing_ok=True)
-        except OSError:  # the folder itself cannot be reached, which the error above already says
-            pass
 
 
 def remove_stale(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """One shape and one crop for all images of a row: scaled alike in both directions, then cropped, never stretched.
 
 The size ids follow SDXL (Podell et al. 2023, 2.2): original size, top left corner of the crop, target size, all as
-(height, width); the corner is counted in pixels of the scaled image, from the left edge of the image that the model sees.
+(height, width); the corner is counted in pixels of the scaled image, from the left edge of what the model sees.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def plan(
     for index, (height, width) in enumerate(sizes):
         if min(height, width) < cell:
             raise DataError(
-                f"{where}, images[{index}]: {height} x {width} pixels is smaller than one latent cell of {cell} x {cell}. "
-                "Remove the row."
+                f"{where}, images[{index}]: {height} x {width} pixels is smaller than one latent cell of {cell} x "
+                f"{cell}. Remove the row."
             )
     size_step(resolution, multiple)
     bucket = (resolution, resolution)

@@ -158,8 +158,8 @@ def _present(values: list[float], where: str) -> list[float]:
     for index, value in enumerate(values):
         if math.isnan(value):
             raise DataError(
-                f"{where}[{index}]: expected a number, got NaN (missing). A missing judgement cannot decide: remove that "
-                'image or the row, or load with bad_rows="drop".'
+                f"{where}[{index}]: expected a number, got NaN (missing). A missing judgement cannot decide: remove "
+                'that image or the row, or load with bad_rows="drop".'
             )
     return values
 
@@ -177,6 +177,6 @@ def _refuse_contradiction(preference: list[float], rank: list[int], where: str) 
         for b in range(len(rank)):
             if rank[a] < rank[b] and preference[a] < preference[b]:
                 raise DataError(
-                    f"{where}: rank and preference contradict each other: image {a} has rank {rank[a]} before image {b} "
-                    f"with {rank[b]}, but preference {preference[a]} below {preference[b]}. Rank 1 is the best."
+                    f"{where}: rank and preference contradict each other: image {a} has rank {rank[a]} before image "
+                    f"{b} with {rank[b]}, but preference {preference[a]} below {preference[b]}. Rank 1 is the best."
                 )

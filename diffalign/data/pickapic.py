@@ -56,7 +56,8 @@ def from_pickapic(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     labels = [first, second]
     if not any(map(math.isnan, labels)) and (sorted(labels) not in ([0.0, 1.0], [0.5, 0.5])):
         raise DataError(
-            f"{where}: expected label_0 and label_1 of 1 and 0, 0 and 1, or 0.5 twice (a tie), got {first} and {second}."
+            f"{where}: expected label_0 and label_1 of 1 and 0, 0 and 1, or 0.5 twice (a tie), got {first} and "
+            f"{second}."
         )
     models = [record.get("model_0"), record.get("model_1")]
     return {

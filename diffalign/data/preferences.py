@@ -60,7 +60,7 @@ class LoadReport:
 class PreferenceDataset:
     """Rows of a preference table, map-style: ``len(dataset)``, ``dataset[i]``.
 
-    Judgements are held in memory (16 bytes an image); prompts and pictures stay where they are until a row is asked for.
+    Judgements are held in memory (16 bytes an image); prompts and pictures stay where they are until asked for.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ def load_preferences(
         split: split to read.
         revision: revision of a hub dataset.
         score: judge by this reward model's scores instead of `preference` and `rank`.
-        ties: ``drop`` leaves out rows in which all images tie. ``soft`` and None keep them: :func:`select_pairs`, which sees
-            single pairs, decides.
-        bad_rows: ``error`` raises at the first row that cannot be used; ``drop`` leaves such rows out and counts them (and
-            decodes every image now to find them).
+        ties: ``drop`` leaves out rows in which all images tie. ``soft`` and None keep them: :func:`select_pairs`, which
+            sees single pairs, decides.
+        bad_rows: ``error`` raises at the first row that cannot be used; ``drop`` leaves such rows out and counts them
+            (and decodes every image now to find them).
 
     Returns:
         The dataset; ``.report`` says what was dropped and why, and is logged.

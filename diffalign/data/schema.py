@@ -213,8 +213,8 @@ def write_preferences(
     present = sorted(folder.glob(f"{split}-*.parquet"))
     if present and not append:
         raise DataError(
-            f"{folder} already holds {len(present)} shards of the split {split!r}. Choose another folder, remove it, or "
-            "pass append=True."
+            f"{folder} already holds {len(present)} shards of the split {split!r}. Choose another folder, remove it, "
+            "or pass append=True."
         )
     taken = [int(match[1]) for path in present if (match := re.fullmatch(rf"{split}-(\d+)", path.stem))]
     number = max(taken, default=-1) + 1

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import datasets
 import pyarrow as pa
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from datasets.data_files import DataFilesList, get_data_patterns
 
 from ..errors import DataError
+from .images import content_hash
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PICTURES = {"images", "jpg_0", "jpg_1"}
@@ -82,6 +83,19 @@ class FolderTable(ListTable):
     def __init__(self, metadata: Path) -> None:
         super().__init__(_read_metadata(metadata), name=str(metadata))
         self.folder = metadata.parent.resolve()
+        self.fingerprint = content_hash(repr([(row, self._stamps(row)) for row in self.rows]).encode())
+
+    def _stamps(self, row: Mapping[str, Any]) -> list[tuple[int, int] | None]:
+        """Size and time of each picture, so that a changed file changes the fingerprint."""
+        names = row.get("images")
+        stamps: list[tuple[int, int] | None] = []
+        for name in names if _is_list(names) else []:
+            try:
+                status = (self.folder / str(name)).stat()
+                stamps.append((status.st_size, status.st_mtime_ns))
+            except OSError:  # reading the row will name what is wrong with it
+                stamps.append(None)
+        return stamps
 
     def record(self, number: int) -> Cells:
         cells = super().record(number)
@@ -119,7 +133,8 @@ class ArrowTable(Table):
 
     def outlines(self) -> Iterator[Cells]:
         counts = self._image_counts()
-        for number, row in enumerate(row for part in self._light.iter(1000) for row in part.to_pylist()):
+        rows: Iterator[Cells] = (row for part in self._light.iter(1000) for row in part.to_pylist())
+        for number, row in enumerate(rows):
             yield row | {"images": counts[number]} if counts else row
 
     def _image_counts(self) -> list[int | None]:
@@ -290,5 +305,5 @@ def _csv_cells(row: Mapping[str, Any], path: Path, number: int) -> Cells:
     return cells
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

@@ -198,12 +198,13 @@ def cross(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]
     return [(prompt, seed) for prompt in prompts for seed in seeds]
 
 
-
 def _check(prompts: Sequence[str], seeds: Sequence[int], reward_models: Sequence[Any]) -> None:
     names = [model.name for model in reward_models]
     for what, items in (("prompts", list(prompts)), ("seeds", list(seeds)), ("reward models", names)):
         if not items:
             raise ConfigError(f"expected {what}, got none.")
-        twice = [item for index, item in enumerate(items) if item in items[:index]] if len(set(items)) < len(items) else []
-        if twice:
-            raise ConfigError(f"{what} must differ from each other, got {twice[0]!r} twice.")
+        seen: set[Any] = set()
+        for item in items:
+            if item in seen:
+                raise ConfigError(f"{what} must differ from each other, got {item!r} twice.")
+            seen.add(item)

@@ -11,8 +11,10 @@ from .compare import Comparison, Picture
 from .selection import is_verdict
 
 _COLUMNS = 8
-_SIDE = 144
+_SIDE = 128  # twice a picture of the shapes world
 _GAP = 10
+_BADGE = 22
+_STEP = _SIDE + _BADGE + 6 + _GAP  # from one column to the next: the badge stands beside its picture, hiding nothing
 _LABEL = 84  # room on the left for the names of the rows
 _CAPTION_LINES = 3
 _INK, _FAINT, _PAPER = (28, 30, 34), (104, 110, 120), (255, 255, 255)
@@ -37,16 +39,17 @@ def picture_grid(comparison: Comparison, chosen: Sequence[int], primary: str) ->
     caption_height, score_height = 16 * _CAPTION_LINES + 4, 0 if verdict else 18
     block = caption_height + 2 * (_SIDE + score_height) + _GAP
     top = 62
-    width = _LABEL + columns * (_SIDE + _GAP) + _GAP
+    width = _LABEL + columns * _STEP
     sheet = Image.new("RGB", (max(width, 640), top + rows * (block + 2 * _GAP)), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, 10), "Same prompt, same seed: base above, aligned below", _INK, font=title)
     meaning = f"tick: right under {primary}, cross: wrong" if verdict else f"number: {primary}, higher is better"
     pen.text((_GAP, 36), f"A random sample, not the best ones ({meaning}).", _FAINT, font=normal)
     for place, index in enumerate(chosen):
-        x = _LABEL + place % columns * (_SIDE + _GAP)
+        x = _LABEL + place % columns * _STEP
         y = top + place // columns * (block + 2 * _GAP)
-        for line, text in enumerate(_wrap(comparison.pairs[index][0], pen, small)):
+        lines = _wrap(comparison.pairs[index][0], pen, small)
+        for line, text in enumerate(lines, _CAPTION_LINES - len(lines)):
             pen.text((x, y + 16 * line), text, _INK, font=small)
         y += caption_height
         sides = (("base", comparison.base_pictures, comparison.base_scores),
@@ -58,7 +61,7 @@ def picture_grid(comparison: Comparison, chosen: Sequence[int], primary: str) ->
             pen.rectangle((x - 1, y - 1, x + _SIDE, y + _SIDE), outline=(208, 212, 218))
             value = scores[primary][index]
             if verdict and value == value:
-                _mark(sheet, (x + _SIDE - 26, y + _SIDE - 26), right=value == 1.0)
+                _mark(sheet, (x + _SIDE + 6, y + _SIDE - _BADGE), right=value == 1.0)
             elif not verdict:
                 pen.text((x, y + _SIDE + 2), "no score" if value != value else f"{value:.3g}", _FAINT, font=small)
             y += _SIDE + score_height + (4 if name == "base" else 0)
@@ -71,24 +74,26 @@ def fitted(picture: Picture, side: int) -> Image.Image:
     image = image.convert("RGB")
     longest = max(image.size)
     if longest * 2 <= side:
-        image = image.resize((image.width * (side // longest), image.height * (side // longest)), Image.Resampling.NEAREST)
-        longest = max(image.size)
-    scale = side / longest
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+        times = side // longest
+        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.LANCZOS)
     square = Image.new("RGB", (side, side), (235, 237, 240))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 def _mark(sheet: Image.Image, corner: tuple[int, int], *, right: bool) -> None:
-    """A badge of 22 pixels, drawn four times as large so that its edges are smooth."""
-    size, scale = 22, 4
+    """A badge, drawn four times as large so that its edges are smooth."""
+    size, scale = _BADGE, 4
     badge = Image.new("RGBA", (size * scale, size * scale), (0, 0, 0, 0))
     pen = ImageDraw.Draw(badge)
     n = size * scale - 1
-    pen.ellipse((0, 0, n, n), fill=_RIGHT if right else _WRONG, outline="white", width=scale + 2)
+    pen.ellipse((0, 0, n, n), fill=_RIGHT if right else _WRONG)
     if right:
-        pen.line([(0.27 * n, 0.52 * n), (0.44 * n, 0.69 * n), (0.74 * n, 0.33 * n)], fill="white", width=11, joint="curve")
+        tick = [(0.27 * n, 0.52 * n), (0.44 * n, 0.69 * n), (0.74 * n, 0.33 * n)]
+        pen.line(tick, fill="white", width=11, joint="curve")
     else:
         pen.line([(0.32 * n, 0.32 * n), (0.68 * n, 0.68 * n)], fill="white", width=11)
         pen.line([(0.68 * n, 0.32 * n), (0.32 * n, 0.68 * n)], fill="white", width=11)
@@ -97,9 +102,9 @@ def _mark(sheet: Image.Image, corner: tuple[int, int], *, right: bool) -> None:
 
 
 def _wrap(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """At most three lines as wide as a picture; an ellipsis where the prompt is longer."""
+    """At most three lines as wide as a picture and its badge; an ellipsis where the prompt is longer."""
     letter = max(pen.textlength(text, font=font) / max(len(text), 1), 1)
-    width = max(int(_SIDE / letter), 1)
+    width = max(int((_SIDE + _BADGE) / letter), 1)
     return textwrap.wrap(text, width, max_lines=_CAPTION_LINES, placeholder="…")
 
 

@@ -16,7 +16,7 @@ from .compare import Comparison, Picture
 from .selection import is_verdict, most_changed, random_pairs
 from .statistics import Interval, PairedResult
 
-_CARDS = 8
+_CARDS = 9
 _INLINE_SIDE = 384  # longest side of an inlined picture in pixels
 _TINY = 128  # up to here pictures are kept as they are and shown with sharp pixels
 
@@ -66,9 +66,9 @@ def headline(name: str, result: PairedResult, verdict: bool) -> tuple[str, str]:
         return f"{moved}; one pair is too few for an interval.", "unclear"
     change = _interval_words(difference, verdict)
     if difference.low > 0:
-        return f"{moved}: {change}. The aligned model is better; the interval lies above zero.", "better"
+        return f"{moved}: {change}. This is an improvement: the interval lies above zero.", "better"
     if difference.high < 0:
-        return f"{moved}: {change}. The aligned model is worse; the interval lies below zero.", "worse"
+        return f"{moved}: {change}. This is a loss: the interval lies below zero.", "worse"
     return f"{moved}: {change}. The interval contains zero: this shows no clear difference.", "unclear"
 
 
@@ -94,7 +94,8 @@ def _subtitle(report: dict[str, Any]) -> str:
 
 def _verdict(name: str, result: PairedResult, verdict: bool) -> str:
     sentence, tone = headline(name, result, verdict)
-    pairs = f" It wins {result.wins:.0%} of {result.n} pairs, ties {result.ties:.0%}, loses {result.losses:.0%}."
+    shares = f"wins {result.wins:.0%} of {result.n} pairs, ties {result.ties:.0%}, loses {result.losses:.0%}"
+    pairs = f" The aligned model {shares}."
     return f'<p class="verdict {tone}">{escape(sentence + (pairs if result.n else ""))}</p>'
 
 
@@ -103,9 +104,9 @@ def _table(comparison: Comparison) -> str:
     heads = ["score", "base", "aligned", "difference", "95 % interval", "", "win rate", "win / tie / loss", "pairs"]
     return (
         "<h2>All scores</h2>"
-        '<p class="what">What am I looking at: mean scores of both models on the same prompts and seeds, and their paired '
-        "difference with an interval from resampling prompts. If the interval excludes zero (dashed), the change is more "
-        "than chance. A tie counts half a win.</p>"
+        '<p class="what">What am I looking at: mean scores of both models on the same prompts and seeds, and their '
+        "paired difference with an interval from resampling prompts. If the interval excludes zero (dashed), the "
+        "change is more than chance. A tie counts half a win.</p>"
         f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -120,9 +121,10 @@ def _row(name: str, result: PairedResult) -> str:
     span = f"{difference.low:+.4f} … {difference.high:+.4f}" if known else "too few pairs"
     margin = f" <small>{rate.low:.2f} … {rate.high:.2f}</small>" if known else ""
     missing = f" <small>({result.missing} missing)</small>" if result.missing else ""
+    whisker = _whisker(name, difference) if known else ""
     cells = [
         f"<td>{escape(name)}</td><td>{result.base:.4f}</td><td>{result.aligned:.4f}</td>",
-        f'<td class="{tone}">{difference.mean:+.4f}</td><td>{span}</td><td>{_whisker(name, difference) if known else ""}</td>',
+        f'<td class="{tone}">{difference.mean:+.4f}</td><td>{span}</td><td>{whisker}</td>',
         f"<td>{rate.mean:.3f}{margin}</td><td>{_bar(result)}</td><td>{result.n}{missing}</td>",
     ]
     return f"<tr>{''.join(cells)}</tr>"
@@ -158,31 +160,31 @@ def _picture_panels(comparison: Comparison, primary: str) -> list[str]:
         _panel(
             "Random pairs",
             "a fair sample: each prompt drawn by both models from the same noise. Judge these first.",
-            comparison, fair, primary, "",
+            comparison, fair,
         ),
         _panel(
             "Worst regressions",
             f"the pairs that lost most under {primary}. Look for what the model forgot, or for a mistake of the score.",
-            comparison, worse, primary, f"No pair got worse under {primary}.",
+            comparison, worse, f"No pair got worse under {primary}.",
         ),
         _panel(
             "Largest improvements",
             f"the pairs that gained most under {primary}: picked for that, so not typical.",
-            comparison, better, primary, f"No pair got better under {primary}.",
+            comparison, better, f"No pair got better under {primary}.",
         ),
     ]  # fmt: skip
 
 
-def _panel(title: str, what: str, comparison: Comparison, chosen: Sequence[int], primary: str, empty: str) -> str:
-    cards = "\n".join(_card(comparison, index, primary) for index in chosen)
+def _panel(title: str, what: str, comparison: Comparison, chosen: Sequence[int], empty: str = "") -> str:
+    cards = "\n".join(_card(comparison, index) for index in chosen)
     body = f'<div class="cards">{cards}</div>' if chosen else f"<p>{escape(empty)}</p>"
     return f'<h2>{title}</h2><p class="what">What am I looking at: {escape(what)}</p>{body}'
 
 
-def _card(comparison: Comparison, index: int, primary: str) -> str:
+def _card(comparison: Comparison, index: int) -> str:
     prompt, seed = comparison.pairs[index]
     sides = "".join(
-        _side(name, pictures[index], prompt, seed, {n: values[index] for n, values in scores.items()}, comparison, primary)
+        _side(name, pictures[index], f"{prompt} (seed {seed})", {n: v[index] for n, v in scores.items()}, comparison)
         for name, pictures, scores in (
             ("base", comparison.base_pictures, comparison.base_scores),
             ("aligned", comparison.aligned_pictures, comparison.aligned_scores),
@@ -192,16 +194,15 @@ def _card(comparison: Comparison, index: int, primary: str) -> str:
     return f'<figure class="card"><figcaption>{caption}</figcaption><div class="sides">{sides}</div></figure>'
 
 
-def _side(
-    name: str, picture: Picture, prompt: str, seed: int, scores: dict[str, float], comparison: Comparison, primary: str
-) -> str:
-    lines = []
+def _side(name: str, picture: Picture, title: str, scores: dict[str, float], comparison: Comparison) -> str:
+    lines, words = [], []
     for score, value in scores.items():
         shown, tone = "no score" if value != value else f"{value:.3g}", ""
         if value == value and is_verdict(comparison, score):
             shown, tone = ("✓ right", "right") if value == 1.0 else ("✗ wrong", "wrong")
-        lines.append(f'<li>{escape(score)}: <span class="{tone}">{shown}</span></li>')
-    alt = f"{name} model: {prompt} (seed {seed}), {primary} {'missing' if scores[primary] != scores[primary] else scores[primary]:}"
+        lines.append(f'<li>{escape(score)} <span class="{tone}">{shown}</span></li>')
+        words.append(f"{score} {shown.lstrip('✓✗ ')}")
+    alt = f"{name} model: {title}; {', '.join(words)}"
     data, tiny = _inline(picture)
     return (
         f'<div><b>{name}</b><img class="{"tiny" if tiny else ""}" src="{data}" alt="{escape(alt)}" loading="lazy">'

@@ -51,15 +51,16 @@ def lora_loaded(pipeline: DiffusionPipeline, file: str | Path, adapter_name: str
     """Switch a LoRA on inside the block; afterwards the pipeline is what it was.
 
     Raises:
-        CheckpointError: the file is unreadable, or made for another architecture. diffusers only logs when part of a file
-            finds no module, and the base would then be compared with itself.
+        CheckpointError: the file is unreadable, or made for another architecture. diffusers only logs when part of a
+            file finds no module, and the base would then be compared with itself.
     """
     file = Path(file)
     pipe: Any = pipeline
     denoiser: nn.Module = pipe.unet
     try:
         with safe_open(file, "pt") as tensors:
-            expected = sum("lora_A" in key or "lora_down" in key or ".lora.down" in key for key in tensors.keys())
+            names = list(tensors.keys())
+        expected = sum("lora_A" in name or "lora_down" in name or ".lora.down" in name for name in names)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read the LoRA {file}: {error}") from error
     if expected == 0:
@@ -114,4 +115,5 @@ def _layers(module: nn.Module, adapter_name: str) -> int:
 
 def _misfit(file: Path, pipeline: DiffusionPipeline, reason: str) -> str:
     model = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-    return f"the LoRA {file} does not fit {model} ({type(pipeline).__name__}): {reason}. Name the base it was trained on."
+    kind = type(pipeline).__name__
+    return f"the LoRA {file} does not fit {model} ({kind}): {reason}. Name the base model it was trained on."

@@ -62,7 +62,10 @@ def write_report(
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"cannot write the report to {folder}: {error.strerror or error}; free space or choose another.") from error
+        reason = error.strerror or error
+        raise DataError(
+            f"cannot write the report to {folder}: {reason}; free space or choose another folder."
+        ) from error
     return report
 
 
@@ -90,8 +93,9 @@ def pair_records(comparison: Comparison) -> list[dict[str, Any]]:
     def at(scores: dict[str, list[float]], index: int) -> dict[str, float | None]:
         return {name: None if values[index] != values[index] else values[index] for name, values in scores.items()}
 
+    base, aligned = comparison.base_scores, comparison.aligned_scores
     return [
-        {"prompt": prompt, "seed": seed, "base": at(comparison.base_scores, i), "aligned": at(comparison.aligned_scores, i)}
+        {"prompt": prompt, "seed": seed, "base": at(base, i), "aligned": at(aligned, i)}
         for i, (prompt, seed) in enumerate(comparison.pairs)
     ]
 

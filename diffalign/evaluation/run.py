@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from .compare import SamplingSettings, compare, compare_pictures, draw
 from .lora import find_weights
 from .prompts import read_prompts
 from .report import write_report
-
-log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -52,7 +49,7 @@ def evaluate(
         output_dir: of the report; all pictures are kept under ``pictures/``.
         seeds: pictures per prompt and model; seeds 0, 1, ...
         steps, guidance, batch_size, height, width: see :class:`SamplingSettings`.
-        reward_models: names (:func:`reward_models.load_reward_model`) or ready models; the first one picks the pictures.
+        reward_models: names (:func:`reward_models.load_reward_model`) or ready models; the first picks the pictures.
         num_prompts: use only so many prompts.
         dtype: precision of the weights: fp32, fp16 or bf16; fp16 on a GPU and fp32 elsewhere when None.
         device: where to draw; the GPU when there is one.
@@ -63,8 +60,8 @@ def evaluate(
         The content of ``report.json``.
 
     Raises:
-        ConfigError, DataError, CheckpointError: an input cannot be used; nothing is drawn before all are checked, except
-            that a LoRA meets its base only after the base's turn.
+        ConfigError, DataError, CheckpointError: an input cannot be used. Nothing is drawn before all are checked,
+            except that a LoRA meets its base only after the base's turn.
     """
     began = time.perf_counter()
     if seeds < 1:

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# Where a configuration came from and which version wrote it is no part of what it says.
-_INCIDENTAL = {"transformers_version", "torch_dtype", "dtype"}
+# Fields that every transformers configuration has say nothing about this encoder (where it came from, which version
+# wrote it, its precision, which the weights show); but CLIP pools at its end token.
+_INCIDENTAL = set(PretrainedConfig().to_dict()) - {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def vae_identity(vae: nn.Module, dtype: torch.dtype) -> str:
     """Hash of a VAE's weights and configuration, and of the precision it is run in."""
     digest = hashlib.blake2b(digest_size=16)
-    _add_json(digest, {"config": _plain(dict(vae.config)), "run_in": str(dtype)})
+    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    _add_json(digest, {"config": config, "run_in": str(dtype)})
     _add_weights(digest, vae)
     return digest.hexdigest()
 
@@ -30,7 +32,7 @@ def text_identity(
     digest = hashlib.blake2b(digest_size=16)
     _add_json(digest, dict(flags))
     for encoder in encoders:
-        _add_json(digest, _plain(encoder.config.to_dict()))
+        _add_json(digest, {k: v for k, v in encoder.config.to_dict().items() if k not in _INCIDENTAL})
         _add_weights(digest, encoder)
     for tokenizer in tokenizers:
         if tokenizer is not None:
@@ -47,10 +49,6 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     for name in ("truncation", "padding"):  # left over from the last call
         backend.pop(name, None)
     return said | {"backend": backend}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if not k.startswith("_") and k not in _INCIDENTAL}
 
 
 def _add_json(digest: Any, value: Any) -> None:

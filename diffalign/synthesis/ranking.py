@@ -28,18 +28,16 @@ class Ranking:
     voters: tuple[str, ...]
 
 
-def rank_candidates(
-    scores: Mapping[str, Sequence[float]], *, missing: MissingRule = "skip_model"
-) -> Ranking | None:
+def rank_candidates(scores: Mapping[str, Sequence[float]], *, missing: MissingRule = "skip_model") -> Ranking | None:
     """Let every reward model vote on every pair of candidates.
 
-    ``preference[i]`` is the share of the n (k - 1) votes that candidate i wins. Only the order within a model counts, so
-    scales never mix, and each model has one vote. Equal scores give nobody a win: a tie stays a tie.
+    ``preference[i]`` is the share of the n (k - 1) votes that candidate i wins. Only the order within a model counts,
+    so scales never mix, and each model has one vote. Equal scores give nobody a win: a tie stays a tie.
 
     Args:
         scores: raw scores by reward model, k each; NaN is missing.
-        missing: ``skip_model`` lets a model with a missing score among the k not vote on this prompt; ``skip_row`` gives
-            the whole prompt up.
+        missing: ``skip_model`` lets a model with a missing score among the k not vote on this prompt; ``skip_row``
+            gives the whole prompt up.
 
     Returns:
         The ranking, or None when the rule leaves no vote.

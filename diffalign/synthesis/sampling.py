@@ -28,8 +28,8 @@ _DECODE_PIXELS = 2**21  # decoded at once: two pictures of 1024 x 1024, whose fp
 def picture_seed(prompt: str, seed: int) -> int:
     """The seed of one picture's generator.
 
-    Plain diffusers draws the same picture with
-    ``pipeline(prompt, generator=torch.Generator("cpu").manual_seed(picture_seed(prompt, seed)))`` (fp32, equal settings).
+    Plain diffusers draws the same picture in fp32 with
+    ``pipeline(prompt, generator=torch.Generator("cpu").manual_seed(picture_seed(prompt, seed)))``.
     Seed 0 of one prompt shares nothing with seed 0 of another.
     """
     return keyed_seed("picture", prompt, seed)

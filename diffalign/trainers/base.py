@@ -57,6 +57,7 @@ class PreferenceTrainer(ABC):
         config: settings of the method.
         train_dataset: preferences, or what :func:`diffalign.load_preferences` accepts.
         accelerator: an existing one; None makes one.
+        base_model: the pipeline's name in reports and on the model card; None takes it from the pipeline.
 
     Raises:
         ConfigError: settings that contradict each other or the pipeline.
@@ -74,6 +75,8 @@ class PreferenceTrainer(ABC):
         config: TrainingConfig,
         train_dataset: PreferenceDataset | Any,
         accelerator: Accelerator | None = None,
+        *,
+        base_model: str | None = None,
     ) -> None:
         if not isinstance(config, self.config_class):
             raise ConfigError(
@@ -87,7 +90,7 @@ class PreferenceTrainer(ABC):
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
-        self.base_model = pipeline if isinstance(pipeline, str) else str(pipeline.config.get("_name_or_path") or "")
+        self.base_model = base_model or (pipeline if isinstance(pipeline, str) else str(pipeline.name_or_path or ""))
         self.adapter = adapter_for(self.pipeline, vae_dtype=DTYPES[config.vae_dtype])
         is_loaded = isinstance(train_dataset, PreferenceDataset)
         self.dataset = train_dataset if is_loaded else load_preferences(train_dataset)

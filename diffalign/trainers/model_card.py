@@ -51,8 +51,8 @@ METHODS: dict[str, Method] = {
         name="Diffusion-DPO",
         tag="dpo",
         summary=(
-            "Diffusion-DPO trains on pairs of images of one prompt: it lowers the denoising error of the preferred image "
-            "and raises that of the other, each relative to the frozen base model. Loss `{loss_type}` with beta "
+            "Diffusion-DPO trains on pairs of images of one prompt: it lowers the denoising error of the preferred "
+            "image and raises that of the other, each relative to the frozen base model. Loss `{loss_type}` with beta "
             "{beta:g} in the convention logit = -beta/2 x error gap, errors averaged over channels and pixels."
         ),
         paper="Diffusion Model Alignment Using Direct Preference Optimization (arXiv:2311.12908)",
@@ -165,7 +165,9 @@ def push_to_hub(folder: str | Path, config: TrainingConfig) -> str:
     try:
         repository = api.create_repo(name, private=config.hub_private, exist_ok=True, repo_type="model")
         commit = api.upload_folder(
-            repo_id=repository.repo_id, folder_path=folder, commit_message=f"Weights trained by diffalign ({_tag(config)})"
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            commit_message=f"Weights trained by diffalign ({_tag(config)})",
         )
     except HFValidationError as error:
         raise ConfigError(f"hub_model_id {name!r} is no repository name: {error}") from error
@@ -199,7 +201,8 @@ def _loading(config: TrainingConfig, base: str, pipeline_class: str, title: str)
         lines = ["from diffalign.pipelines import load_pipeline", "", 'pipeline = load_pipeline("shapes")']
     else:
         source = base if _is_hub_id(base) else "path/to/the/base/model"
-        lines = [f"from diffusers import {pipeline_class}", "", f'pipeline = {pipeline_class}.from_pretrained("{source}")']
+        lines = [f"from diffusers import {pipeline_class}", ""]
+        lines.append(f'pipeline = {pipeline_class}.from_pretrained("{source}")')
     if config.adapter != "none":
         lines.append(f"pipeline.load_lora_weights({here})")
     lines.append('image = pipeline("your prompt").images[0]')
@@ -236,7 +239,7 @@ def _settings(config: TrainingConfig) -> str:
 def _licence(base: str, licence: str | None) -> str:
     if licence is not None:
         return f"## Licence\n\n`{licence}`, as {_name(base)}, from which these weights derive."
-    return f"## Licence\n\nThese weights derive from {_name(base)}: its licence applies. Add it to this card before sharing."
+    return f"## Licence\n\nThese weights derive from {_name(base)}, whose licence applies: add it here before sharing."
 
 
 def _cell(value: object) -> str:
@@ -251,7 +254,9 @@ def _number(value: float) -> str:
 
 def _name(source: str, kind: str = "") -> str:
     """A model, or with ``kind="datasets/"`` a data set, without the path it has on this machine."""
-    return f"[{source}](https://hf.co/{kind}{source})" if _is_hub_id(source) else f"`{Path(source).name}`"
+    if _is_hub_id(source):
+        return f"[{source}](https://hf.co/{kind}{source})"
+    return f"`{Path(source).name}`" if source else "an unnamed base model"
 
 
 def _is_hub_id(source: str) -> bool:

@@ -37,7 +37,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
     """
     parameters = list(parameters)
     if not parameters:
-        raise ConfigError("there is nothing to train: no parameter requires a gradient. Check adapter and lora_targets.")
+        raise ConfigError("nothing to train: no parameter requires a gradient. Check adapter and lora_targets.")
     rate, decay = config.learning_rate, config.weight_decay
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "adamw":
@@ -48,7 +48,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainingCo
         except ImportError as error:
             raise ConfigError(
                 "optimizer=adamw_8bit needs bitsandbytes, which cannot be imported "
-                f"({error}). Install it with `pip install 'diffalign[8bit]'`, or choose optimizer=adamw."
+                f"({error}). Install it with `pip install 'diffalign[bnb]'`, or choose optimizer=adamw."
             ) from error
         return AdamW8bit(parameters, lr=rate, betas=betas, eps=config.adam_epsilon, weight_decay=decay)
     if config.optimizer == "adafactor":

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -164,7 +163,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(f"unknown tracker {name!r}. Known: {', '.join(TRACKERS)}; for none, leave trackers empty.")
+            raise ConfigError(f"unknown tracker {name!r}. Known: {', '.join(TRACKERS)}; leave trackers empty for none.")
         if find_spec(name) is None:
             raise ConfigError(
                 f"trackers={name} needs the package {name}, which is not installed. Install it with "
@@ -182,7 +181,7 @@ def _cut(path: Path, last_step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise CheckpointError(
-                    f"{path} line {number} is not a line of metrics ({error}). Mend or move the file, then resume again."
+                    f"{path} line {number} is no line of metrics ({error}). Mend or move the file, then resume again."
                 ) from error
             step = None
         if step is not None and step <= last_step:
@@ -190,7 +189,7 @@ def _cut(path: Path, last_step: int) -> None:
     if len(kept) < len(lines):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def _run_id(folder: Path, *, new: bool) -> str:

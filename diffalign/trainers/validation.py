@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -55,7 +55,8 @@ class Validation:
     ) -> None:
         self.adapter, self.prompts, self.seeds = adapter, list(prompts), list(seeds)
         self.conditioning, self.unconditional = conditioning, unconditional
-        self.folder, self.steps, self.guidance, self.autocast = Path(output_dir) / "validation", steps, guidance, autocast
+        self.folder = Path(output_dir) / "validation"
+        self.steps, self.guidance, self.autocast = steps, guidance, autocast
         self.base_images: list[Image.Image] = []
 
     def draw(self, denoiser: nn.Module) -> list[Image.Image]:
@@ -78,16 +79,22 @@ class Validation:
         They rest in ``validation/base``, so no method needs a reference model for the sake of pictures.
 
         Raises:
-            ConfigError: a resumed run was started without validation images, or with other prompts.
+            ConfigError: a resumed run was started without validation images, or with other ones.
         """
         files = [self.folder / "base" / f"{i:03d}.png" for i in range(len(self.prompts) * len(self.seeds))]
+        record = self.folder / "base" / "drawn.json"
+        drawn = {"prompts": self.prompts, "seeds": self.seeds, "steps": self.steps, "guidance": self.guidance}
         if not resumed:
             for file, image in zip(files, self.draw(denoiser), strict=True):
                 save_image(image, file)
-        if missing := [file for file in files if not file.is_file()]:
+            record.write_text(json.dumps(drawn, indent=1))
+        lost = [file for file in (record, *files) if not file.is_file()]
+        if lost or json.loads(record.read_text()) != drawn:
+            what = f"{lost[0]} is missing" if lost else f"{record} tells of other prompts or sampling settings"
             raise ConfigError(
-                f"{missing[0]} is missing: the run was started without these validation images, and its weights are no "
-                "longer the base's. Unset validate_every, or start anew in another output_dir."
+                f"the base's validation images cannot be read back: {what}, and the weights are no longer the base's. "
+                "Resume with the settings the run was started with, unset validate_every, or start anew in another "
+                "output_dir."
             )
         self.base_images = []
         for file in files:
@@ -229,7 +236,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     image.save(partial, format="PNG")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _check(adapter: PipelineAdapter, prompts: Sequence[str], conditioning: Mapping[str, Tensor]) -> None:
@@ -240,8 +247,8 @@ def _check(adapter: PipelineAdapter, prompts: Sequence[str], conditioning: Mappi
             raise ConfigError(f"{name} must hold one row per validation prompt ({len(prompts)}); got {len(value)}.")
     if adapter.pipeline.vae is None:
         raise ConfigError(
-            "validation images need the VAE, which has been dropped. Keep it (on the CPU it costs no accelerator memory) "
-            "or unset validate_every."
+            "validation images need the VAE, which has been dropped. Keep it (it may rest on the CPU), or unset "
+            "validate_every."
         )
 
 

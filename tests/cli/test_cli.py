@@ -1,0 +1,250 @@
+"""The command line: bad input is one clear line and a non-zero exit; reports are machine-readable."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffalign import __version__
+from diffalign.cli import main
+from diffalign.cli.failures import is_disk_full, one_line
+from diffalign.cli.tables import score_table
+from diffalign.config import load_job
+from diffalign.data import write_preferences
+from diffalign.errors import ConfigError, DivergenceError
+
+ROOT = Path(__file__).parents[2]
+
+
+def png(seed: int, size: int = 32) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def table(folder: Path, **changes: Any) -> Path:
+    rows = [
+        {"prompt": f"prompt {i}", "images": [png(2 * i), png(2 * i + 1)], "preference": [1.0, 0.0], "rank": [1, 2]}
+        for i in range(4)
+    ]
+    rows[2] |= changes
+    write_preferences(rows, folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    output = capsys.readouterr()
+    return int(stopped.value.code or 0), output.out, output.err
+
+
+# --- train -------------------------------------------------------------------------------------------------------
+
+
+def test_check_prints_the_resolved_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "train", "shapes-dpo", "beta=123", "--check")
+    assert status == 0
+    (tmp_path / "job.yaml").write_text(out)
+    assert load_job(tmp_path / "job.yaml") == load_job("shapes-dpo", ["beta=123"])
+
+
+def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "train", "--help")
+    assert status == 0
+    assert "Noise levels\n  min_timestep: a whole number; default 0\n      Lowest timestep" in out
+    assert "Method dpo: Diffusion-DPO\n  beta: a number; default 5000.0" in out
+    assert "shapes-dpo" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "shapes-dop"], "Did you mean 'shapes-dpo'"),
+        (["train", "shapes-dpo", "bata=1"], "Did you mean 'beta'"),
+        (["train", "shapes-dpo", "beta=0"], "beta must be"),
+        (["train", "shapes-dpo", "dataset=/nowhere/at/all"], "/nowhere/at/all"),
+        (["data", "check", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["evaluate", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["evaluate", "x", "--base", "some/model"], "--prompts"),
+        (["evaluate", "x", "--seeds", "0"], "seeds must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert status == 1
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: ")
+    assert expected in err
+
+
+def test_debug_keeps_the_traceback() -> None:
+    for arguments in (["--debug", "train", "shapes-dop"], ["train", "shapes-dop", "--debug"]):
+        with pytest.raises(ConfigError):
+            main(arguments)
+
+
+def test_a_process_of_many_says_which_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train", "shapes-dop")[2].startswith("error (process 1): ")
+
+
+def test_an_unknown_command_or_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["trian"], ["train", "shapes-dpo", "--sedes", "3"], ["info", "--jsno"]):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2
+        assert "No such" in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
+
+
+# --- data check ----------------------------------------------------------------------------------------------------
+
+
+def test_a_good_table_passes_and_its_report_is_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, report = table(tmp_path / "table"), tmp_path / "report.json"
+    status, out, _ = run(capsys, "data", "check", str(folder), "--json", "--output", str(report))
+    assert status == 0
+    assert json.loads(out) == json.loads(report.read_text())
+    assert json.loads(out)["rows"] == json.loads(out)["usable"] == 4
+    status, out, _ = run(capsys, "data", "check", str(folder))
+    assert status == 0
+    assert "4 rows, 4 usable" in out
+
+
+def test_a_bad_row_is_named_by_its_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    folder = table(tmp_path / "table")
+    shard = next(folder.rglob("*.parquet"))
+    content = parquet.read_table(shard)
+    rows = content.to_pylist()
+    rows[2]["images"][1]["bytes"] = b"no picture"
+    parquet.write_table(type(content).from_pylist(rows, schema=content.schema), shard)
+    status, out, _ = run(capsys, "data", "check", str(folder))
+    assert status == 1
+    assert "error: row 2" in out
+    assert "4 rows, 3 usable, 1 with errors" in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = table(tmp_path / "table")
+    status, _, err = run(capsys, "data", "check", str(folder), "--output", "/dev/full")
+    assert status == 1
+    assert err.startswith("error: the disk is full")
+    assert len(err.strip().splitlines()) == 1
+
+
+# --- failures ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_a_bug_is_one_line_and_a_bug_is_not() -> None:
+    assert one_line(DivergenceError("a\n b")) == "a b"
+    assert one_line(FileNotFoundError(2, "No such file or directory", "x.yaml")) == "No such file or directory: x.yaml"
+    assert one_line(PermissionError(13, "Permission denied", "/root")) == "Permission denied: /root"
+    for bug in (KeyError("x"), RuntimeError("shape mismatch"), AttributeError("x"), ValueError("x")):
+        assert one_line(bug) is None
+
+
+def test_a_full_disk_is_recognised_through_every_writer() -> None:
+    full = OSError(28, "No space left on device")
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = full
+    for error in (full, wrapped, RuntimeError("I/O error: No space left on device (os error 28)")):
+        assert is_disk_full(error)
+    assert not is_disk_full(OSError(2, "No such file or directory"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_recognised_in_what_torch_raises() -> None:
+    import torch
+
+    with pytest.raises((RuntimeError, OSError)) as error:
+        torch.save({"x": torch.zeros(1_000_000)}, "/dev/full")
+    assert is_disk_full(error.value)
+
+
+# --- reports -------------------------------------------------------------------------------------------------------
+
+
+def test_score_table() -> None:
+    score = {
+        "base": 0.25,
+        "aligned": 0.5,
+        "difference": {"mean": 0.25, "ci95": [0.1, 0.4], "n": 8},
+        "win_rate": {"value": 0.75, "ci95": [0.5, None], "ties": 0.125},
+    }
+    empty = {**score, "base": None}
+    head, first, second = score_table({"scores": {"strict": score, "x": empty}}).splitlines()
+    assert head.split()[0] == "score"
+    assert first.split() == "strict 0.250 0.500 +0.250 [+0.100, +0.400] 0.750 [0.500, -] 0.125 8".split()
+    assert second.split()[:2] == ["x", "-"]
+
+
+# --- the whole path ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import tiny_sdxl
+
+    folder = tmp_path_factory.mktemp("job")
+    tiny_sdxl().save_pretrained(folder / "model")
+    table(folder / "table")
+    (folder / "job.yaml").write_text(
+        f"model: {folder / 'model'}\ndataset: {folder / 'table'}\noutput_dir: {folder / 'out'}\n"
+        "max_steps: 2\nbatch_size: 2\nlora_rank: 2\nprogress_bar: false\n"
+    )
+    return folder
+
+
+def test_train_writes_settings_weights_and_report(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main_done = run_ok(capsys, "train", str(job / "job.yaml"), "seed=3")
+    out = job / "out"
+    report = json.loads((out / "training_report.json").read_text())
+    assert (report["method"], report["steps"], report["examples"]) == ("dpo", 2, 4)
+    assert load_job(out / "config.yaml") == load_job(job / "job.yaml", ["seed=3"])
+    assert (out / "final" / "pytorch_lora_weights.safetensors").is_file()
+    assert "2 steps" in main_done
+    status, _, err = run(capsys, "train", str(job / "job.yaml"))  # the folder holds a run now
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "resume" in err
+
+
+def run_ok(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    return out
+
+
+@pytest.mark.slow
+def test_train_under_accelerate_on_two_processes(job: Path) -> None:
+    launch = ROOT / "training" / "launch" / "two_cpu.yaml"
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "--main_process_port", "0"]
+    command += [str(ROOT / "training" / "train.py"), str(job / "job.yaml"), f"output_dir={job / 'two'}", "batch_size=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((job / "two" / "training_report.json").read_text())
+    assert (report["steps"], report["global_batch"]) == (2, 2)
+    assert done.stdout.count("2 steps in") == 1  # the main process alone reports

@@ -1,0 +1,55 @@
+"""A training run as a program, for tests that kill it or start it in several processes.
+
+    python -m tests.trainers.program OUTPUT_DIR KILL_AT [key=value ...]
+
+KILL_AT is `never`, `step:N` (SIGKILL once N steps are done, before anything is saved) or `save:N` (SIGKILL in the
+middle of writing the checkpoint of step N).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from diffalign.trainers import DPOConfig, DPOTrainer
+from tests.tiny import tiny_sdxl
+from tests.trainers.conftest import preference_rows
+
+
+class Mortal(DPOTrainer):
+    """Dies where it is told to."""
+
+    kill_at = ("never", 0)
+
+    def _optimizer_step(self) -> dict[str, float]:
+        metrics = super()._optimizer_step()
+        if self.kill_at == ("step", self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return metrics
+
+    def _write_state(self, folder: Path) -> None:
+        super()._write_state(folder)
+        if self.kill_at == ("save", self.step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    output_dir, kill_at, *settings = sys.argv[1:]
+    kind, _, step = kill_at.partition(":")
+    Mortal.kill_at = (kind, int(step or 0))
+    options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in settings)}
+    defaults = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "ema_decay": 0.9, "warmup_steps": 3}
+    defaults |= {"save_every": 2, "log_every": 2, "caption_dropout": 0.3, "lora_dropout": 0.1, "resume": "latest"}
+    config = DPOConfig(output_dir=output_dir, progress_bar=False, **(defaults | options))
+    Mortal(tiny_sdxl(), config, train_dataset=preference_rows()).train()
+
+
+if __name__ == "__main__":
+    main()

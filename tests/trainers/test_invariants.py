@@ -1,0 +1,116 @@
+"""Batch size, accumulation, processes and kills change nothing that they should not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, kill_at: str = "never", *, processes: int = 1, **settings: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(folder), kill_at, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+    if processes == 1:
+        command = [sys.executable, "-m", "tests.trainers.program", *arguments]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", str(port)]
+        command = [*launcher, "-m", "tests.trainers.program", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything a run leaves: weights, optimizer, moving average and schedule of its last checkpoint."""
+    checkpoint = sorted(folder.glob("checkpoint-*"))[-1]
+    tensors = dict(load_file(checkpoint / "trainable.safetensors"))
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for number, slots in optimizer["state"].items():
+        tensors |= {f"optimizer {number} {name}": torch.as_tensor(value) for name, value in slots.items()}
+    schedule = torch.load(checkpoint / "custom_checkpoint_0.pkl", weights_only=True)
+    tensors["schedule"] = torch.tensor(schedule["last_epoch"])
+    average = torch.load(checkpoint / "custom_checkpoint_1.pkl", weights_only=True)
+    return tensors | {f"average {i}": value for i, value in enumerate(average["shadow_params"])}
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Weights agree up to the order of additions, far closer than one step moves them."""
+    first, second = (load_file(sorted(f.glob("checkpoint-*"))[-1] / "trainable.safetensors") for f in (a, b))
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], rtol=1e-3, atol=2e-5), name
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("kill_at", ["step:1", "step:3", "save:4"])
+def test_killed_and_resumed_equals_never_killed_bit_for_bit(uninterrupted, tmp_path, kill_at):
+    folder = tmp_path / "run"
+    assert run(folder, kill_at).returncode == -signal.SIGKILL
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    assert_equal(folder, uninterrupted)
+    assert (folder / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+
+
+# Dropout inside the adapter is keyed by step and process, so it is off where batches are divided differently.
+SAME = {"lora_dropout": 0.0, "max_steps": 4, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def batch_of_four(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four") / "run"
+    result = run(folder, batch_size=4, **SAME)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def assert_same_metrics(a: Path, b: Path) -> None:
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert x[name] == pytest.approx(y[name], rel=2e-3, abs=1e-4), name
+
+
+def test_four_at_once_equal_four_accumulated(batch_of_four, tmp_path):
+    folder = tmp_path / "run"
+    result = run(folder, batch_size=1, gradient_accumulation_steps=4, **SAME)
+    assert result.returncode == 0, result.stderr
+    assert_close(folder, batch_of_four)
+    assert_same_metrics(folder, batch_of_four)
+
+
+def test_two_processes_equal_one(batch_of_four, tmp_path):
+    folder = tmp_path / "run"
+    result = run(folder, batch_size=2, processes=2, **SAME)
+    assert result.returncode == 0, result.stderr
+    assert_close(folder, batch_of_four)
+    assert_same_metrics(folder, batch_of_four)
