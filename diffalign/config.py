@@ -24,6 +24,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import ConfigError
+from .yaml_dialect import SCALARS, Dumper, Loader
 
 if TYPE_CHECKING:
     from .trainers.base import PreferenceTrainer
@@ -50,7 +51,9 @@ class Job:
 
     # What to train on what
     method: str = field(default="dpo", metadata={"help": "Which objective: one of the methods below."})
-    model: str = field(default="shapes", metadata={"help": "`shapes` (the embedded micro SDXL), a hub id, a folder or a file."})
+    model: str = field(
+        default="shapes", metadata={"help": "`shapes` (the embedded micro SDXL), a hub id, a folder or a file."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the hub."})
     model_variant: str | None = field(default=None, metadata={"help": "Variant of its weight files, for example fp16."})
     model_config: str | None = field(
@@ -68,44 +71,6 @@ class Job:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `no` is text (not false), `1e-5` is a number (not text). A key given twice is refused."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever text YAML 1.1 or 1.2 readers would take for something else."""
-
-    yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}
-
-
-_SCALARS = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}
-for _reader in (_Loader, _Dumper):
-    for _kind, _pattern in _SCALARS.items():
-        _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
-# PyYAML reads 010 as octal and 1:30 as sexagesimal; here an int is its decimal digits.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
-
-
-def _float(text: str) -> float:
-    return float(re.sub(r"\.(?=[iInN])", "", text))
 
 
 def load_job(path_or_name: str | Path, overrides: Iterable[str] = ()) -> tuple[Job, TrainingConfig]:
@@ -157,7 +122,7 @@ def recipes() -> dict[str, Path]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         # The loader is a SafeLoader: it makes plain values only.
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if content is None:
@@ -170,10 +135,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_value(text: str, kind: Any, override: str) -> Any:
     """An override's value. Where the key holds text it is taken as it stands: `1e5` or `a #b` may be a real name."""
     if kind is not None and str in _members(kind) and not text.startswith(("'", '"')):
-        is_null = type(None) in _members(kind) and re.fullmatch(_SCALARS["null"], text)
+        is_null = type(None) in _members(kind) and re.fullmatch(SCALARS["null"], text)
         return None if is_null else text
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {override!r} is not readable YAML: {' '.join(str(error).split())}") from error
 
@@ -181,7 +146,9 @@ def _read_value(text: str, kind: Any, override: str) -> Any:
 def _build(values: Mapping[str, tuple[Any, str]], source: str) -> tuple[Job, TrainingConfig]:
     method = values.get("method", ("dpo", ""))[0]
     if method not in METHODS:
-        raise ConfigError(f"{source}: there is no method {method!r}.{_nearest(str(method), METHODS)} Known: {_or(METHODS)}.")
+        raise ConfigError(
+            f"{source}: there is no method {method!r}.{_nearest(str(method), METHODS)} Known: {_or(METHODS)}."
+        )
     config_class = load_object(METHODS[method].config)
     job_fields, config_fields = _fields(Job), _fields(config_class)
     known = job_fields | config_fields
@@ -394,7 +361,9 @@ def check_installed(config: TrainingConfig) -> None:
     needed += [("attention=xformers", "xformers", "xformers")] * (config.attention == "xformers")
     for setting, package, extra in needed:
         if find_spec(package) is None:
-            raise ConfigError(f"{setting} needs {package}: run `pip install 'diffalign[{extra}]'`, or change the setting.")
+            raise ConfigError(
+                f"{setting} needs {package}: run `pip install 'diffalign[{extra}]'`, or change the setting."
+            )
 
 
 # --- explaining and writing --------------------------------------------------------------------------------------
@@ -448,9 +417,9 @@ def _default(setting: Field[Any]) -> Any:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    return yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
 
 
 def dump(job: Job, config: TrainingConfig) -> str:
     """The resolved job as YAML that :func:`load_job` reads back to the same."""
-    return yaml.dump(asdict(job) | asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(job) | asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)

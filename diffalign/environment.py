@@ -41,7 +41,9 @@ def check_torch_pair() -> None:
     if torch is None or vision is None:
         return
     needs = [Requirement(text) for text in requires("torchvision") or []]
-    too_old = [n for n in needs if n.name == "torch" and not n.specifier.contains(torch.split("+")[0], prereleases=True)]
+    too_old = [
+        n for n in needs if n.name == "torch" and not n.specifier.contains(torch.split("+")[0], prereleases=True)
+    ]
     if too_old:
         raise TorchPairError(_message(torch, vision, f"torchvision needs torch{too_old[0].specifier}"))
     if torch.endswith("+cpu") and "+cu" in vision:
@@ -118,7 +120,7 @@ def _devices() -> dict[str, Any]:
     import torch
 
     cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    devices = [{"type": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}]
+    devices: list[dict[str, Any]] = [{"type": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}]
     for i, device in enumerate(cuda):
         with torch.cuda.device(i):
             bf16 = torch.cuda.is_bf16_supported()

@@ -61,7 +61,7 @@ class FunctionRewardModel(BaseRewardModel):
 
     def __init__(self, function: Callable[[list[Image.Image], list[str]], Any], name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))
 
     @property
     def identity(self) -> dict[str, str | None]:

@@ -95,7 +95,7 @@ def tiny_sdxl(seed: int = 0, *, layers_per_block: int = 1) -> StableDiffusionXLP
 
 
 def tiny_sd(seed: int = 0, prediction_type: str = "epsilon", *, layers_per_block: int = 1) -> StableDiffusionPipeline:
-    """A ready ``StableDiffusionPipeline``; ``prediction_type`` is ``epsilon`` (as SD1.5) or ``v_prediction`` (as SD2.1)."""
+    """A ready ``StableDiffusionPipeline``; predicts ``epsilon`` (as SD1.5) or ``v_prediction`` (as SD2.1)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()

@@ -1,6 +1,6 @@
 """`diffalign train` under accelerate, for more than one process:
 
-    accelerate launch --config_file training/launch/multi_gpu.yaml training/train.py CONFIG [key=value ...]
+accelerate launch --config_file training/launch/multi_gpu.yaml training/train.py CONFIG [key=value ...]
 """
 
 import sys

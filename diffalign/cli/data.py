@@ -29,7 +29,8 @@ def check(
 ) -> None:
     """Say what is in a table, and what is wrong.
 
-    Reports counts, ties, sizes, duplicates, prompt lengths, and every bad row by its number. Exits with 1 when a row cannot be used.
+    Reports counts, ties, sizes, duplicates, prompt lengths, and every bad row by its number. Exits with 1
+    when a row cannot be used.
     """
     from ..data import check_preferences
 

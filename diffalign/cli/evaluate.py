@@ -31,8 +31,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Pictures drawn at once; never changes a picture's noise.")] = 16,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.", show_default="fp16 on a GPU, else fp32")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.", show_default="fp16 on a GPU")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="the GPU")] = None,
     method: Annotated[str | None, typer.Option(help="Name of the method.", show_default="the training run's")] = None,
 ) -> None:
     """Compare a base and an aligned model.
@@ -44,8 +44,8 @@ def evaluate(
 
     if base != "shapes" and (prompts is None or not reward_model):
         raise ConfigError(
-            f"the default prompts and scorers are those of the shapes world; with --base {base} give --prompts FILE and "
-            "--reward-model NAME (`diffalign info` lists the names)."
+            f"the default prompts and scorers are those of the shapes world; with --base {base} give --prompts FILE "
+            "and --reward-model NAME (`diffalign info` lists the names)."
         )
     check_torch_pair()
     from ..evaluation import evaluate as run

@@ -8,7 +8,12 @@ from ..environment import broken_pair_message, is_torch_pair_error
 from ..errors import DiffalignError
 
 # torch's and safetensors' writers report a full disk in words, not as an OSError.
-_FULL_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+_FULL_DISK_WORDS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "inline_container.cc",  # torch.save: "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"
+)
 
 
 def one_line(error: BaseException) -> str | None:

@@ -20,8 +20,13 @@ class TrainCommand(TyperCommand):
         """Usage and options, then all keys."""
         from ..config import describe, recipes
 
-        usage = super().get_help(ctx)
-        return f"{usage}\n\nRecipes: {', '.join(recipes())}\n\nKeys (in CONFIG as `key: value`, here as key=value):\n\n{describe()}"
+        parts = [
+            super().get_help(ctx),
+            f"Recipes: {', '.join(recipes())}",
+            "Keys (in CONFIG as `key: value`, here as key=value):",
+            describe(),
+        ]
+        return "\n\n".join(parts)
 
 
 def train(
@@ -29,7 +34,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings in place of the file's, as in YAML.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Check the settings, print them all as YAML, and stop.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the settings, print them all as YAML, and stop.")
+    ] = False,
 ) -> None:
     """Align a model with preferences.
 
@@ -76,9 +83,7 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
         score=job.dataset_score,
         bad_rows=job.bad_rows,
     )
-    pipeline = load_pipeline(
-        job.model, revision=job.model_revision, variant=job.model_variant, config=job.model_config
-    )
+    pipeline = load_pipeline(job.model, revision=job.model_revision, variant=job.model_variant, config=job.model_config)
     trainer = trainer_class(job.method)(pipeline, config, train_dataset=dataset, base_model=job.model)
     if trainer.accelerator.is_main_process:
         trainer.output_dir.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,6 @@ from .files import atomic_file, remove_stale
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-SHARD_BYTES = 256 * 2**20
-FLUSH_SECONDS = 60.0  # at most this much work is lost by a kill
 
 
 class TensorCache:
@@ -35,23 +33,16 @@ class TensorCache:
     Args:
         folder: where the shards are; made when missing.
         manifest: what the tensors are (kind, encoder, precision); must equal the folder's own when it has one.
-        shard_bytes: size at which a shard is written.
-        flush_seconds: time after which a smaller one is written.
 
     Raises:
         DataError: the folder belongs to other encoders or another version, or cannot be written to.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Mapping[str, Any],
-        *,
-        shard_bytes: int = SHARD_BYTES,
-        flush_seconds: float = FLUSH_SECONDS,
-    ) -> None:
+    shard_bytes = 256 * 2**20  # a shard is written when it has this size,
+    flush_seconds = 60.0  # or is this old: a kill loses no more
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = folder, {"schema_version": SCHEMA_VERSION, **manifest}
-        self.shard_bytes, self.flush_seconds = shard_bytes, flush_seconds
         self._handles: list[Any] = []
         self._place: dict[str, int] = {}
         self._opened: set[str] = set()

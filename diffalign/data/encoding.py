@@ -129,13 +129,13 @@ def fill_latents(
                 )
                 pixels.append(apply(picture, view.place, bucket, flip=view.flip))
             moments = adapter.encode_images(torch.stack(pixels)).to(dtype)
-            for view, moment in zip(chunk, moments):
+            for view, moment in zip(chunk, moments, strict=True):
                 if not torch.isfinite(moment).all():
                     raise DataError(
                         f"{dataset.name}, row {dataset.number(view.row)}, images[{view.image}]: its latents are not "
                         f"finite in vae_dtype={config.vae_dtype}, cache_dtype={config.cache_dtype}. Use fp32 for both."
                     )
-            cache.put({view.key: moment for view, moment in zip(chunk, moments) if view.key not in cache})
+            cache.put({view.key: moment for view, moment in zip(chunk, moments, strict=True) if view.key not in cache})
     cache.flush()
 
 

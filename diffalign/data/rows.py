@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def index_rows(
     if dataset.fingerprint is None:
         return _join([_read_block(dataset, range(len(dataset)), progress)])
     files = [folder / f"{_name(dataset)}-{start:09d}.npz" for start in starts]
-    for number, (start, path) in enumerate(zip(starts, files)):
+    for number, (start, path) in enumerate(zip(starts, files, strict=True)):
         if number % num_processes == process_index and not _is_readable(path):
             block = _read_block(dataset, range(start, min(start + BLOCK, len(dataset))), progress)
             buffer = io.BytesIO()
@@ -116,7 +117,7 @@ def _is_readable(path: Path) -> bool:
         return False
     try:
         _load(path)
-    except Exception as error:  # zip and numpy raise many types; each means that the file is damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s); it is made again", path, error)
         return False
     return True
@@ -148,7 +149,7 @@ def _read_block(dataset: PreferenceDataset, rows: range, progress: bool) -> RowI
 
 def _join(blocks: list[RowIndex]) -> RowIndex:
     offsets = np.cumsum([0, *(block.ends[-1] for block in blocks)])
-    ends = [block.ends[1:] + offset for block, offset in zip(blocks, offsets)]
+    ends = [block.ends[1:] + offset for block, offset in zip(blocks, offsets[:-1], strict=True)]
     return RowIndex(
         np.concatenate([block.row_ids for block in blocks]),
         np.concatenate([block.prompts for block in blocks]),

@@ -252,7 +252,7 @@ def write_shard(rows: Iterable[Mapping[str, Any] | PreferenceRow], path: Path, *
         DataError: a row cannot be used, or the file cannot be written.
     """
     checked = (
-        row if isinstance(row, PreferenceRow) else PreferenceRow.from_record(row, number=number)
+        PreferenceRow.from_record(row.to_record() if isinstance(row, PreferenceRow) else row, number=number)
         for number, row in enumerate(rows, first_number)
     )
     write_parquet((row.to_record() for row in checked), path, FEATURES)

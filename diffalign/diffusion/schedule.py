@@ -46,8 +46,14 @@ class NoiseSchedule:
                 f"{prediction_type!r}. Correct the pipeline's scheduler_config.json."
             )
         power = alphas_cumprod.to(torch.float64)
-        if power.ndim != 1 or len(power) < 1 or not bool(((power >= 0) & (power < 1)).all() and (power.diff() < 0).all()):
-            raise ConfigError("alphas_cumprod must be a list of numbers in [0, 1) that fall from one timestep to the next.")
+        if (
+            power.ndim != 1
+            or len(power) < 1
+            or not bool(((power >= 0) & (power < 1)).all() and (power.diff() < 0).all())
+        ):
+            raise ConfigError(
+                "alphas_cumprod must be a list of numbers in [0, 1) that fall from one timestep to the next."
+            )
         self.prediction_type = prediction_type
         self.alphas_cumprod = power.to(torch.float32)
         # a_t and b_t are rounded from fp64 once: b_t = sqrt(1 - fp32(A_t)) would lose digits at small t.
@@ -100,7 +106,9 @@ class NoiseSchedule:
         a, b = self._coefficients(t, x0)
         return a * noise.float() - b * x0.float()
 
-    def denoising_error(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str = "default") -> Tensor:
+    def denoising_error(
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str = "default"
+    ) -> Tensor:
         """Squared error of each item, averaged over C, h, w.
 
         Args:

@@ -187,8 +187,9 @@ def draw(
                     pictures.append(image)
                     continue
                 number, seed = len(pictures) // len(seeds), pairs[len(pictures)][1]
-                pictures.append(folder / f"{number:0{digits}d}-{seed}.png")
-                image.save(pictures[-1])
+                file = folder / f"{number:0{digits}d}-{seed}.png"
+                image.save(file)
+                pictures.append(file)
             bar.update(len(batch))
     return pictures
 

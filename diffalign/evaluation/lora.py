@@ -110,7 +110,7 @@ def _modules(pipe: Any) -> list[nn.Module]:
 
 def _layers(module: nn.Module, adapter_name: str) -> int:
     """How many layers of ``module`` carry the adapter."""
-    return sum(adapter_name in child for name, child in module.named_modules() if name.endswith("lora_A"))  # type: ignore[operator]
+    return sum(adapter_name in child for name, child in module.named_modules() if name.endswith("lora_A"))
 
 
 def _misfit(file: Path, pipeline: DiffusionPipeline, reason: str) -> str:

@@ -140,7 +140,8 @@ def bootstrap_mean(
     ids = np.arange(len(values)) if clusters is None else np.asarray(clusters)
     if ids.max() == 0:
         ids = np.arange(len(values))
-    sums, counts = np.bincount(ids, weights=values), np.bincount(ids).astype(np.float64)
+    sums: NDArray[np.float64] = np.bincount(ids, weights=values).astype(np.float64)
+    counts: NDArray[np.float64] = np.bincount(ids).astype(np.float64)
     m = len(sums)
     if m < 2:
         return Interval(float(values.mean()), math.nan, math.nan)

@@ -7,12 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -60,7 +60,9 @@ def save_lora(
             f"the denoiser carries no adapter named {adapter_name!r}; use save_pipeline for full weights."
         )
     folder = Path(folder)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name=adapter_name))
+    # In peft's own names throughout: diffusers' older ones exist for attention layers alone, and its reader judges a
+    # file by its first key, so that a mixture loses layers without an error.
+    layers = get_peft_model_state_dict(network, adapter_name=adapter_name)
     layers = {name: _resting(tensor) for name, tensor in layers.items()}
     metadata = {name: getattr(peft_config, name) for name in _LORA_FIELDS}
     metadata["target_modules"] = sorted(_lora_layers(network, adapter_name))
@@ -92,19 +94,22 @@ def kohya_state_dict(
         ``lora_unet_<module>.lora_down.weight``, ``.lora_up.weight``, ``.alpha`` and, for DoRA, ``.dora_scale``.
     """
     tensors: dict[str, Tensor] = {}
-    ranks: set[int] = set()
-    for name, layer in _lora_layers(network, adapter_name).items():
+    layers = _lora_layers(network, adapter_name)
+    ranks = {name: layer.lora_A[adapter_name].weight.shape[0] for name, layer in layers.items()}
+    # Readers scale by alpha / rank, whatever rule peft made the scale with.
+    alphas = {name: float(layer.scaling[adapter_name] * ranks[name]) for name, layer in layers.items()}
+    # One alpha for all: diffusers' reader drops those that differ from the most frequent. The rest goes into lora_up.
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    for name, layer in layers.items():
         key = "lora_unet_" + _kohya_module(adapter, network, name).replace(".", "_")
         down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        ranks.add(down.shape[0])
         tensors[f"{key}.lora_down.weight"] = _resting(down)
-        tensors[f"{key}.lora_up.weight"] = _resting(up)
-        # readers scale by alpha / rank, whatever rule peft made the scale with
-        tensors[f"{key}.alpha"] = torch.tensor(float(layer.scaling[adapter_name] * down.shape[0]))
+        tensors[f"{key}.lora_up.weight"] = _resting(up if alphas[name] == alpha else up * (alphas[name] / alpha))
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
         if adapter_name in layer.lora_magnitude_vector:
             tensors[f"{key}.dora_scale"] = _comfyui_magnitude(layer, adapter_name)
-    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks))}
-    return tensors, header
+    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks.values()))}
+    return tensors, header | {"ss_network_alpha": str(alpha)}
 
 
 def save_pipeline(adapter: PipelineAdapter, folder: str | Path, *, denoiser: nn.Module | None = None) -> None:

@@ -46,7 +46,9 @@ def load_pipeline(
     if config is not None and not _is_checkpoint(name):
         raise ConfigError(f"config belongs to single-file checkpoints; {name} is loaded with its own configuration.")
     if name == EMBEDDED:
-        from ..shapes import pipeline_folder  # late: the embedded default imports nothing of the library but has weights
+        from ..shapes import (
+            pipeline_folder,  # late: the embedded default imports nothing of the library but has weights
+        )
 
         name, revision, variant = str(pipeline_folder()), None, None
     if _is_checkpoint(name):
@@ -77,7 +79,9 @@ def _load_folder_or_hub(name: str, dtype: torch.dtype, revision: str | None, var
 
 def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
     if path.suffix != ".safetensors":
-        raise ConfigError(f"{path} can run code when it is opened. Convert it to .safetensors, or load the original repository.")
+        raise ConfigError(
+            f"{path} can run code when it is opened. Convert it to .safetensors, or load the original repository."
+        )
     if not path.is_file():
         raise ConfigError(f"there is no file {path}.")
     try:

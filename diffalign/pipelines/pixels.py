@@ -31,7 +31,7 @@ def check_pixels(pixels: Tensor, multiple: int) -> None:
     if not pixels.is_floating_point():
         raise DataError(f"pixels must be floating point in [-1, 1]; got {pixels.dtype}. Use x / 127.5 - 1.")
     low, high = float(pixels.min()), float(pixels.max())
-    if not (-1 - _SLACK <= low and high <= 1 + _SLACK):  # also false for NaN
+    if not (low >= -1 - _SLACK and high <= 1 + _SLACK):  # also false for NaN
         advice = "x / 127.5 - 1" if high > 2 else "2 * x - 1 if they are in [0, 1]; clamp if they were resized"
         raise DataError(f"pixels must lie in [-1, 1]; got {low:.3g} to {high:.3g}. Use {advice}.")
     if low >= 0 and _on_grid(pixels, 255.0, 0.0) and not _on_grid(pixels, 127.5, 1.0):

@@ -90,13 +90,13 @@ def iterate_images(
 ) -> Iterator[list[Image.Image]]:
     """:func:`generate_images` batch by batch, for lists whose pictures do not fit in memory."""
     _check(pipeline, prompts, seeds, steps, batch_size)
-    guided = guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None  # type: ignore[attr-defined]
+    guided = guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None
     encoder = _PromptEncoder(pipeline, prompts, guided)
-    scale = pipeline.vae_scale_factor  # type: ignore[attr-defined]
-    native = pipeline.unet.config.sample_size  # type: ignore[attr-defined]
+    scale = pipeline.vae_scale_factor
+    native = pipeline.unet.config.sample_size
     native_height, native_width = (native, native) if isinstance(native, int) else native
     height, width = height or native_height * scale, width or native_width * scale
-    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)  # type: ignore[attr-defined]
+    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
     with _quiet_inference(pipeline):
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, min(start + batch_size, len(prompts)))
@@ -189,7 +189,8 @@ def _quiet_inference(pipeline: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(setattr, pipeline, "_progress_bar_config", bar if bar is not None else {})
         pipeline.set_progress_bar_config(disable=True)
-        stack.callback(lambda: [setattr(m, "training", True) for m in training])
+        for part in training:
+            stack.callback(setattr, part, "training", True)
         for module in modules:
             module.eval()
         if dtype != torch.float32:

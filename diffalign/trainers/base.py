@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -85,10 +85,7 @@ class PreferenceTrainer(ABC):
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume)
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
         self.pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
         self.base_model = base_model or (pipeline if isinstance(pipeline, str) else str(pipeline.name_or_path or ""))
         self.adapter = adapter_for(self.pipeline, vae_dtype=DTYPES[config.vae_dtype])

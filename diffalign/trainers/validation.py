@@ -211,7 +211,7 @@ def side_by_side(
     font = ImageFont.load_default(14)
     rows = [(_enlarged(a), _enlarged(b), p) for a, b, p in zip(base_images, policy_images, prompts, strict=True)]
     width = max(a.width + b.width for a, b, _ in rows) + 3 * MARGIN
-    line = font.getbbox("Ag")[3] + 4
+    line = int(font.getbbox("Ag")[3]) + 4
     texts = [_wrapped(prompt, font, width - 2 * MARGIN) for _, _, prompt in rows]
     heights = [
         len(text) * line + max(a.height, b.height) + 2 * MARGIN for text, (a, b, _) in zip(texts, rows, strict=True)

@@ -108,7 +108,9 @@ def test_spaces_are_native_where_named_and_epsilon_by_default():
     v = schedule("v_prediction")
     native = v.denoising_error(prediction, x0, noise, T, "native")
     assert torch.allclose(native, v.target(x0, noise, T).square().flatten(1).mean(1))
-    assert torch.equal(v.denoising_error(prediction, x0, noise, T), v.denoising_error(prediction, x0, noise, T, "epsilon"))
+    assert torch.equal(
+        v.denoising_error(prediction, x0, noise, T), v.denoising_error(prediction, x0, noise, T, "epsilon")
+    )
     assert torch.allclose(v.denoising_error(prediction, x0, noise, T), native * v.alphas_cumprod[T])
     with pytest.raises(ConfigError, match="loss_space must be one of default, native, epsilon, x0; got 'eps'"):
         v.denoising_error(prediction, x0, noise, T, "eps")

@@ -322,5 +322,3 @@ def test_a_stranger_adds_a_family_in_one_file():
         assert adapter_for(tiny_sd()).family == "sd"
     finally:
         _FAMILIES.pop("MyPipeline", None)
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,13 +22,10 @@ def run(folder: Path, kill_at: str = "never", *, processes: int = 1, **settings:
     if processes == 1:
         command = [sys.executable, "-m", "tests.trainers.program", *arguments]
     else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", str(port)]
+        # `accelerate launch` starts CPU processes through MPI only; torchrun needs nothing but torch.
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [*launcher, "-m", "tests.trainers.program", *arguments]
+        environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -56,7 +52,7 @@ def assert_close(a: Path, b: Path) -> None:
     """Weights agree up to the order of additions, far closer than one step moves them."""
     first, second = (load_file(sorted(f.glob("checkpoint-*"))[-1] / "trainable.safetensors") for f in (a, b))
     for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], rtol=1e-3, atol=2e-5), name
+        assert torch.allclose(tensor, second[name], rtol=1e-4, atol=5e-6), name
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -82,7 +78,8 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(uninterrupted, tmp_p
 
 
 # Dropout inside the adapter is keyed by step and process, so it is off where batches are divided differently.
-SAME = {"lora_dropout": 0.0, "max_steps": 4, "log_every": 1}
+# Adam divides by the gradient's size, which turns rounding noise of tiny gradients into full steps: epsilon damps that.
+SAME = {"lora_dropout": 0.0, "max_steps": 4, "log_every": 1, "adam_epsilon": 0.1}
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def test_trackio_for_real(tmp_path):
     run_id = json.loads((tmp_path / "out" / "tracker_run.json").read_text())["id"]
     with sqlite3.connect(tmp_path / "trackio" / "proof.db") as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
-    losses = {step: json.loads(metrics)["loss"] for _, step, metrics in rows if "loss" in metrics}
+    losses = {step: values["loss"] for _, step, blob in rows if "loss" in (values := json.loads(blob))}
     assert {name for name, _, _ in rows} == {f"out-{run_id}"}, "the resumed run continues the first"
     assert losses == {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0}
     assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 2

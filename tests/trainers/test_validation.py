@@ -110,8 +110,8 @@ def test_training_state_is_left_as_it_was():
 def test_modes_come_back_when_drawing_fails():
     adapter, conditioning, unconditional = _ready()
     adapter.denoiser.train()
-    with pytest.raises(RuntimeError):
-        _draw(adapter, {k: v[..., :3] for k, v in conditioning.items()}, unconditional)
+    with pytest.raises((RuntimeError, ValueError)):
+        _draw(adapter, *({k: v[..., :3] for k, v in part.items()} for part in (conditioning, unconditional)))
     assert adapter.denoiser.training
 
 

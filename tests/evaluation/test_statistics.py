@@ -1,0 +1,96 @@
+"""Paired statistics: exact on hand-made numbers, calibrated on simulated ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffalign.errors import DataError
+from diffalign.evaluation.statistics import bootstrap_mean, cluster_ids, compare_paired
+
+NAN = math.nan
+
+
+def test_hand_made_pairs():
+    result = compare_paired([0, 0, 1, 1, 0], [1, 0, 1, 0, 1], ["a", "a", "b", "b", "c"])
+    assert (result.base, result.aligned, result.n, result.prompts) == (0.4, 0.6, 5, 3)
+    assert result.difference.mean == pytest.approx(0.2)
+    assert (result.wins, result.ties, result.losses) == (0.4, 0.4, 0.2)
+    assert result.win_rate.mean == pytest.approx(0.4 + 0.4 / 2)
+
+
+def test_missing_scores_are_left_out_and_counted_never_zero():
+    result = compare_paired([1.0, NAN, 1.0, 1.0], [2.0, 5.0, NAN, 2.0], ["a", "b", "c", "d"])
+    assert (result.n, result.missing, result.prompts) == (2, 2, 2)
+    assert result.difference.mean == 1.0
+    nothing = compare_paired([NAN], [1.0], ["a"]).to_json()
+    assert nothing["difference"] == {"mean": None, "ci95": None, "n": 0}
+    assert nothing["missing"] == 1
+
+
+def test_swapping_the_models_mirrors_everything():
+    rng = np.random.default_rng(0)
+    base, aligned, prompts = rng.normal(size=60), rng.normal(0.2, size=60), [i // 3 for i in range(60)]
+    forth, back = compare_paired(base, aligned, prompts), compare_paired(aligned, base, prompts)
+    assert forth.difference.low == pytest.approx(-back.difference.high)
+    assert forth.win_rate.mean == pytest.approx(1 - back.win_rate.mean)
+    assert (forth.wins, forth.losses) == (back.losses, back.wins)
+
+
+def test_all_ties_are_half_and_certain():
+    result = compare_paired([1.0] * 10, [1.0] * 10, range(10))
+    assert (result.win_rate.mean, result.win_rate.low, result.win_rate.high) == (0.5, 0.5, 0.5)
+    assert (result.difference.low, result.difference.high, result.ties) == (0.0, 0.0, 1.0)
+
+
+def test_repeating_a_prompts_pictures_does_not_make_the_interval_narrower():
+    values = np.random.default_rng(1).normal(size=40)
+    once = bootstrap_mean(values)
+    copied = bootstrap_mean(np.repeat(values, 8), np.repeat(np.arange(40), 8))
+    naive = bootstrap_mean(np.repeat(values, 8))
+    assert copied.high - copied.low == pytest.approx(once.high - once.low)
+    assert naive.high - naive.low < 0.5 * (once.high - once.low)
+
+
+def test_one_prompt_is_resampled_by_its_seeds_and_one_pair_has_no_interval():
+    one = bootstrap_mean([0.0, 1.0, 2.0, 3.0], [0, 0, 0, 0])
+    assert one.low < 1.5 < one.high
+    assert math.isnan(bootstrap_mean([1.0]).low)
+
+
+def test_the_interval_agrees_with_students_t_on_normal_data():
+    values = np.random.default_rng(2).normal(1.0, 2.0, 200)
+    interval = bootstrap_mean(values)
+    low, high = stats.t.interval(0.95, 199, values.mean(), stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(30, 1), (60, 4)])
+def test_95_per_cent_intervals_cover_the_truth_in_93_to_97_per_cent(prompts, seeds):
+    rng = np.random.default_rng(3)
+    simulations, truth, hits = 2000, 0.1, 0
+    ids = np.repeat(np.arange(prompts), seeds)
+    for simulation in range(simulations):
+        per_prompt = rng.normal(0, 0.4, prompts)[ids]
+        interval = bootstrap_mean(
+            truth + per_prompt + rng.normal(0, 0.8, len(ids)), ids, seed=simulation, resamples=500
+        )
+        hits += interval.low <= truth <= interval.high
+    assert 0.93 <= hits / simulations <= 0.97
+
+
+def test_a_seed_repeats_the_interval():
+    values = np.random.default_rng(4).normal(size=30)
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
+
+
+def test_lists_of_different_length_are_refused():
+    with pytest.raises(DataError, match="as many"):
+        compare_paired([1.0], [1.0, 2.0], ["a"])
+
+
+def test_clusters_are_numbered_by_first_appearance():
+    assert cluster_ids(["b", "a", "b"]).tolist() == [0, 1, 0]

@@ -1,0 +1,99 @@
+"""Sampling: one picture per (prompt, seed), whatever the batch, on real tiny pipelines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+
+from diffalign.errors import ConfigError
+from diffalign.synthesis.sampling import generate_images, iterate_images, picture_seed
+from tests.tiny import tiny_sd, tiny_sdxl
+
+PROMPTS = ["a cat", "a dog", "a cat", "a bird", "a cat"]
+SEEDS = [0, 0, 1, 0, 0]
+SETTINGS = {"steps": 3, "guidance": 3.0}
+
+
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def difference(first, second):
+    return int(np.abs(pixels(first) - pixels(second)).max())
+
+
+@pytest.fixture(params=["sdxl", "sd", "sd_v"])
+def pipeline(request):
+    return {"sdxl": tiny_sdxl, "sd": tiny_sd, "sd_v": lambda: tiny_sd(prediction_type="v_prediction")}[request.param]()
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_the_batch_size_never_changes_a_picture(pipeline, ancestral):
+    if ancestral:
+        pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    together = generate_images(pipeline, PROMPTS, SEEDS, batch_size=5, **SETTINGS)
+    assert difference(together, generate_images(pipeline, PROMPTS, SEEDS, batch_size=2, **SETTINGS)) <= 1
+    assert difference(together[3:4], generate_images(pipeline, ["a bird"], [0], **SETTINGS)) <= 1
+    assert difference(together[:1], together[4:]) <= 1  # the same prompt and seed
+    assert difference(together[:1], together[2:3]) > 5  # another seed
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_plain_diffusers_draws_the_same_picture(pipeline, guidance):
+    ours = generate_images(pipeline, ["a cat"], [7], steps=3, guidance=guidance)
+    generator = torch.Generator("cpu").manual_seed(picture_seed("a cat", 7))
+    plain = pipeline("a cat", generator=generator, num_inference_steps=3, guidance_scale=guidance).images
+    assert difference(ours, plain) <= 1
+
+
+def test_two_prompts_share_no_noise_under_one_seed():
+    assert picture_seed("a cat", 0) != picture_seed("a dog", 0)
+    assert picture_seed("a cat", 0) != picture_seed("a cat", 1)
+
+
+def test_each_prompt_is_encoded_once(monkeypatch):
+    pipeline = tiny_sdxl()
+    encoded = []
+    original = pipeline.encode_prompt
+
+    def spy(*args, **kwargs):
+        if args:  # the pipeline's own call passes embeddings by keyword
+            encoded.extend(args[0])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "encode_prompt", spy)
+    generate_images(pipeline, PROMPTS, SEEDS, batch_size=2, **SETTINGS)
+    assert sorted(encoded) == ["a bird", "a cat", "a dog"]
+
+
+def test_the_pipeline_is_left_as_it_was():
+    pipeline = tiny_sdxl()
+    pipeline.unet.train()
+    pipeline.vae.to(torch.bfloat16)
+    pipeline.set_progress_bar_config(desc="mine")
+    assert generate_images(pipeline, ["a cat"], [0], height=32, width=16, **SETTINGS)[0].size == (16, 32)
+    assert pipeline.unet.training and not pipeline.vae.training
+    assert pipeline.vae.dtype == torch.bfloat16
+    assert pipeline._progress_bar_config == {"desc": "mine"}
+
+
+def test_pictures_come_batch_by_batch():
+    batches = iterate_images(tiny_sd(), PROMPTS, SEEDS, batch_size=2, **SETTINGS)
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+
+
+def test_bad_input_is_refused():
+    pipeline = tiny_sd()
+    with pytest.raises(ConfigError, match="one seed for each prompt"):
+        generate_images(pipeline, ["a"], [0, 1], **SETTINGS)
+    with pytest.raises(ConfigError, match="list of prompts"):
+        generate_images(pipeline, "a", [0], **SETTINGS)
+    with pytest.raises(ConfigError, match="at least 1"):
+        generate_images(pipeline, ["a"], [0], steps=0, guidance=1.0)
+    with pytest.raises(ConfigError, match="StableDiffusionPipeline"):
+        generate_images(object(), ["a"], [0], **SETTINGS)
+    pipeline.text_encoder = None
+    with pytest.raises(ConfigError, match="text encoder"):
+        generate_images(pipeline, ["a"], [0], **SETTINGS)
