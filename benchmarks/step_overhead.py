@@ -29,7 +29,10 @@ from diffalign.trainers import DPOConfig, DPOTrainer
 def table(rows: int) -> list[dict]:
     rng = np.random.default_rng(0)
     captions = [sample_caption(rng) for _ in range(rows)]
-    return [{"prompt": f"{c} {i}", "images": [render(c, rng), render(c, rng)], "preference": [1, 0]} for i, c in enumerate(captions)]
+    return [
+        {"prompt": f"{c} {i}", "images": [render(c, rng), render(c, rng)], "preference": [1, 0]}
+        for i, c in enumerate(captions)
+    ]
 
 
 def bare_step(trainer: DPOTrainer, batch, optimizer: torch.optim.Optimizer) -> None:

@@ -146,10 +146,13 @@ def markdown(results: dict[str, Any], record: dict[str, Any]) -> str:
         f"`make study-dpo`, {record['date']}, commit {record['commit']}, {record['machine']}, torch {record['torch']}. "
         f"{record['minutes']:.0f} minutes.",
         "",
-        "Strict correctness: every claim of the caption holds. Paired by prompt and noise with the base; 95 % bootstrap "
-        f"intervals; {record['prompts']} prompts a cell and seed. Each seed has its own prompts, pictures and training.",
+        "Strict correctness: every claim of the caption holds. Paired by prompt and noise with the base; 95 % "
+        f"bootstrap intervals; {record['prompts']} prompts a cell and seed. Each seed has its own prompts, pictures "
+        "and training.",
         "",
-        "| arm | captions | " + " | ".join(f"seed {s}" for s in record["seeds"]) + " | base | aligned | pooled difference |",
+        "| arm | captions | "
+        + " | ".join(f"seed {s}" for s in record["seeds"])
+        + " | base | aligned | pooled difference |",
         "|---|---|" + "---|" * (len(record["seeds"]) + 3),
     ]
     for arm, splits in results.items():

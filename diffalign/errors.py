@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each message says what was expected, what came, and what to do; the CLI prints it as one line."""
+"""Errors a user can cause: each says what was expected, what came, and what to do. The CLI prints it as one line."""
 
 
 class DiffalignError(Exception):

@@ -168,9 +168,10 @@ def measure(aligned: Path, folder: Path, settings: Settings, *, held_out: bool =
 
 def next_commands(folder: Path) -> list[str]:
     """What to try after the quickstart."""
+    table = folder / "preferences"
     return [
-        f"diffalign data check {folder / 'preferences'}",
-        f"diffalign train shapes-dpo dataset={folder / 'preferences'} output_dir={folder.parent / 'longer'} max_steps=1000",
+        f"diffalign data check {table}",
+        f"diffalign train shapes-dpo dataset={table} output_dir={folder.parent / 'longer'} max_steps=1000",
         f"diffalign evaluate --model shapes --aligned {folder / 'run'} --prompts shapes:seen "
         f"--output-dir {folder.parent / 'seen'}",
     ]

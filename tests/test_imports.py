@@ -51,10 +51,9 @@ def _imports(path: Path) -> set[str]:
 
 def _declared() -> set[str]:
     text = (ROOT / "pyproject.toml").read_text()
-    lists = re.findall(r"^\w+ = \[(.*?)^?\]", text.split("[tool.")[0], re.S | re.M)
-    names = {
-        re.split(r"[\s\[<>=!;]", item)[0].lower().replace("_", "-") for item in re.findall(r'"([^"]+)"', "".join(lists))
-    }
+    listed = text[text.index("\ndependencies = [") : text.index("[project.scripts]")]
+    items = re.findall(r'"([^"]+)"', listed)
+    names = {re.split(r"[\s\[<>=!;]", item)[0].lower().replace("_", "-") for item in items}
     return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
 

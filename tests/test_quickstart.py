@@ -64,4 +64,6 @@ def test_dpo_improves_held_out_captions(tmp_path):
     assert strict["n"] >= 400
     assert strict["ci95"][0] > 0, strict
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
-    assert np.mean([p["aligned"]["shapes-strict"] for p in pairs]) > np.mean([p["base"]["shapes-strict"] for p in pairs])
+    assert np.mean([p["aligned"]["shapes-strict"] for p in pairs]) > np.mean(
+        [p["base"]["shapes-strict"] for p in pairs]
+    )

@@ -6,7 +6,13 @@ from diffalign.randomness import keyed_normal, keyed_permutation, keyed_seed, ke
 
 
 def test_every_part_of_the_key_matters():
-    keys = [(0, 1, "row", "noise"), (1, 0, "row", "noise"), (0, 1, "row", "timestep"), (0, "1", "row", "noise"), (0, 1, "row")]
+    keys = [
+        (0, 1, "row", "noise"),
+        (1, 0, "row", "noise"),
+        (0, 1, "row", "timestep"),
+        (0, "1", "row", "noise"),
+        (0, 1, "row"),
+    ]
     assert len({keyed_seed(*key) for key in keys}) == len(keys)
 
 

@@ -129,8 +129,9 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
     timed = [s / args.batch_size for s in seconds[args.warmup :]]
     estimate = estimate_memory(
-        pipeline.unet.config, adapter=config.adapter, lora_rank=config.lora_rank, mixed_precision=config.mixed_precision,
-        optimizer=config.optimizer, resolution=resolution, images=2 * args.batch_size,
+        pipeline.unet.config, adapter=config.adapter, lora_rank=config.lora_rank,
+        mixed_precision=config.mixed_precision, optimizer=config.optimizer, resolution=resolution,
+        images=2 * args.batch_size,
         gradient_checkpointing=config.gradient_checkpointing, reference_dtype=config.reference_dtype,
         vae_scale_factor=pipeline.vae_scale_factor,
     )  # fmt: skip

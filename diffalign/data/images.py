@@ -68,8 +68,21 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     """(height, width) in pixels as the picture is shown, read from its header alone."""
     with _open(data, where) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        turned = _orientation(image) >= 5
     return (width, height) if turned else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a camera turned the picture, 1 (not at all) to 8, from the header alone.
+
+    Pillow would decode a whole PNG to look for it behind the pixels, where hardly anyone writes it.
+    """
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, OSError):  # a broken tag: the picture itself may be fine
+        return 1
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
@@ -80,7 +93,8 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     """
     image = _open(data, where)
     try:
-        image = ImageOps.exif_transpose(image)
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA_FILE = "kohya_comfyui_lora.safetensors"
-# What a reader needs to rebuild the adapter. Older versions of peft refuse fields they do not know, so no more than this.
+# What a reader needs to rebuild the adapter, and no more: older versions of peft refuse fields they do not know.
 _LORA_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
 
 
@@ -76,7 +76,7 @@ def save_lora(
         save_file(tensors, staging / KOHYA_FILE, metadata=header)
         for name in (DIFFUSERS_FILE, KOHYA_FILE):
             _sync(staging / name)
-            os.replace(staging / name, folder / name)
+            (staging / name).replace(folder / name)
     return [folder / DIFFUSERS_FILE, folder / KOHYA_FILE]
 
 

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Fields that every transformers configuration has say nothing about this encoder (where it came from, which version
 # wrote it, its precision, which the weights show); but CLIP pools at its end token.
 _INCIDENTAL = set(PretrainedConfig().to_dict()) - {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def vae_identity(vae: nn.Module, dtype: torch.dtype) -> str:
+def vae_identity(vae: ModelMixin, dtype: torch.dtype) -> str:
     """Hash of a VAE's weights and configuration, and of the precision it is run in."""
     digest = hashlib.blake2b(digest_size=16)
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
@@ -26,7 +27,7 @@ def vae_identity(vae: nn.Module, dtype: torch.dtype) -> str:
 
 
 def text_identity(
-    encoders: Sequence[nn.Module], tokenizers: Sequence[PreTrainedTokenizerBase | None], flags: Mapping[str, bool]
+    encoders: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase | None], flags: Mapping[str, bool]
 ) -> str:
     """Hash of text encoders (weights and configurations), tokenizers and whatever else decides a prompt's tensors."""
     digest = hashlib.blake2b(digest_size=16)

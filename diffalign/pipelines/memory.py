@@ -120,8 +120,8 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def lora_modules(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """Linear and convolution layers whose name is, or ends with, one of ``targets`` (peft's rule for a list of names)."""
+def lora_modules(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Linear and convolution layers whose name is, or ends with, one of ``targets`` (peft's rule for lists)."""
     return {
         name: layer
         for name, layer in module.named_modules()

@@ -36,7 +36,8 @@ def check_pixels(pixels: Tensor, multiple: int) -> None:
         raise DataError(f"pixels must lie in [-1, 1]; got {low:.3g} to {high:.3g}. Use {advice}.")
     if low >= 0 and _on_grid(pixels, 255.0, 0.0) and not _on_grid(pixels, 127.5, 1.0):
         raise DataError(
-            f"pixels must be scaled to [-1, 1]; these 8-bit images are in [0, 1] ({low:.3g} to {high:.3g}). Use 2 * x - 1."
+            f"pixels must be scaled to [-1, 1]; these 8-bit images are in [0, 1] ({low:.3g} to {high:.3g}). "
+            "Use 2 * x - 1."
         )
 
 

@@ -20,14 +20,15 @@ _GRID = 16  # templates and things are compared on a 16 x 16 raster of their bou
 _MIN_AREA = 30.0  # soft pixels; the smallest drawn shape (a cross of half-extent 7) covers about 109
 _MIN_OVERLAP = 0.72
 _MAX_RESIDUAL = 60.0  # RGB distance beyond which a pixel is no mixture of background and a named colour
+_MIN_SHARE = 0.8  # of a thing's inner pixels that must vote for its colour
 _POSITION_MARGIN = 8.0  # pixels between "in the center" and a named side
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One patch of colour: its colour, shape (None when no template fits), centre and half-extent in pixels."""
+    """A patch of colour: centre and half-extent in pixels; colour None when mixed, shape None when nothing fits."""
 
-    color: str
+    color: str | None
     shape: str | None
     x: float
     y: float
@@ -121,9 +122,8 @@ def _thing(mask: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> Thing | No
         overlap = {s: np.minimum(patch, t).sum() / np.maximum(patch, t).sum() for s, t in _templates().items()}
         best = max(overlap, key=lambda s: overlap[s])
         shape = best if overlap[best] >= _MIN_OVERLAP else None
-    return Thing(
-        list(COLORS)[int(votes.argmax())], shape, (left + right) / 2, (top + bottom) / 2, (width + height) / 4
-    )
+    name = list(COLORS)[int(votes.argmax())] if votes.max() >= _MIN_SHARE * votes.sum() else None
+    return Thing(name, shape, (left + right) / 2, (top + bottom) / 2, (width + height) / 4)
 
 
 def _extent(profile: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
@@ -194,7 +194,9 @@ def _assign(caption: Caption, things: list[Thing]) -> tuple[Thing | None, Thing 
             best, choice = fit(a, caption.things[0]), (a, None)
         for j, b in enumerate(things):
             if i != j:
-                score = fit(a, caption.things[0]) + fit(b, caption.things[1]) + 0.5 * (_relation(a, b) == caption.relation)
+                score = (
+                    fit(a, caption.things[0]) + fit(b, caption.things[1]) + 0.5 * (_relation(a, b) == caption.relation)
+                )
                 if score > best:
                     best, choice = score, (a, b)
     return choice

@@ -20,7 +20,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (245, 130, 30),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (245, 245, 245), "gray": (150, 150, 150), "black": (20, 20, 20)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "gray": (150, 150, 150),
+    "black": (20, 20, 20),
+}
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 POSITIONS: dict[str, str] = {
     "left": "on the left",
@@ -88,7 +92,9 @@ _THING = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _TAIL = rf"(?: on a ({'|'.join(BACKGROUNDS)}) background)?"
 _SINGLE = re.compile(rf"an? {_THING}(?: ({'|'.join(POSITIONS.values())}))?{_TAIL}")
 _PAIR = re.compile(rf"an? {_THING} ({'|'.join(RELATIONS)}) an? {_THING}{_TAIL}")
-_COUNT = re.compile(rf"({'|'.join(COUNTS.values())}) ({'|'.join(COLORS)}) (circles|squares|triangles|crosses|rings){_TAIL}")
+_COUNT = re.compile(
+    rf"({'|'.join(COUNTS.values())}) ({'|'.join(COLORS)}) (circles|squares|triangles|crosses|rings){_TAIL}"
+)
 
 
 def parse(prompt: str) -> Caption:

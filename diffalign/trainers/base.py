@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..config import check
 from ..data import EncodedPreferences, PreferenceDataset, load_preferences, select_pairs
 from ..errors import CheckpointError, ConfigError, DataError, DivergenceError
 from ..objectives import LossOutput
@@ -82,6 +82,7 @@ class PreferenceTrainer(ABC):
             raise ConfigError(
                 f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}."
             )
+        check(config)
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume)
@@ -99,8 +100,6 @@ class PreferenceTrainer(ABC):
         self.total_steps = config.max_steps or math.ceil(
             (config.max_epochs or 0) * len(self.examples) / self.global_batch
         )
-        if self.total_steps < 1:
-            raise ConfigError("set max_steps or max_epochs to at least one optimizer step.")
         self.step = 0
         self.report: dict[str, Any] = {}
         self._encode()
@@ -137,9 +136,7 @@ class PreferenceTrainer(ABC):
         self.adapter.offload_encoders()
         self.buckets = [self.encoded.bucket(example.row) for example in self.examples]
         self.stream = RowStream(self.buckets, self.global_batch, config.seed)
-        self.collate = Collator(
-            self.examples, self.encoded, self.adapter, self.schedule, config, accelerator.device
-        )
+        self.collate = Collator(self.examples, self.encoded, self.adapter, self.schedule, config, accelerator.device)
 
     def _build_models(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -260,7 +257,10 @@ class PreferenceTrainer(ABC):
         if self.reference is not None:
             with torch.no_grad(), self.reference.use(self.model) as module:
                 reference_error = self.errors(module, batch)
-        return self.compute(self.errors(self.model, batch), reference_error, batch)
+        policy_error = self.errors(self.model, batch)
+        out = self.compute(policy_error, reference_error, batch)
+        level = {"error/winner": policy_error[:, 0].detach(), "error/loser": policy_error[:, -1].detach()}
+        return LossOutput(out.loss, level | out.stats)
 
     def errors(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-image denoising error (B, k), fp32, mean over C, h, w, in the space ``config.loss_space``."""

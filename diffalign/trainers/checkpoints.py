@@ -107,7 +107,9 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
             return path
         log.warning("%s cannot be used (%s); trying the one before it.", path, problem)
     if existing:
-        raise CheckpointError(f"no checkpoint in {output_dir} can be used: {existing[-1][1].name} {damage(existing[-1][1])}.")
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} can be used: {existing[-1][1].name} {damage(existing[-1][1])}."
+        )
     return None
 
 

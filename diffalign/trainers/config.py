@@ -66,13 +66,21 @@ class TrainingConfig:
     # Data
     resolution: int | None = option(None, "Edge of a square training image in pixels; None takes the model's own.")
     aspect_buckets: bool = option(True, "Train near each image's own shape instead of cropping to a square.")
-    random_crop: bool = option(False, "Crop at a place keyed by the row instead of the centre (same for all its images).")
+    random_crop: bool = option(
+        False, "Crop at a place keyed by the row instead of the centre (same for all its images)."
+    )
     horizontal_flip: bool = option(False, "Mirror all images of a row with probability 1/2, drawn anew each epoch.")
-    pairs: Literal["best_worst", "adjacent", "all"] = option("best_worst", "Which pairs of a longer list are trained on.")
+    pairs: Literal["best_worst", "adjacent", "all"] = option(
+        "best_worst", "Which pairs of a longer list are trained on."
+    )
     min_margin: float = option(0.0, "Drop pairs whose preference differs by less than this.")
     ties: Literal["drop", "soft"] = option("drop", "Ties are dropped (and counted), or kept with probability 1/2.")
-    caption_dropout: float = option(0.0, "Share of rows trained without their prompt; one draw for all images of a row.")
-    sample_latents: bool = option(True, "Sample the VAE's posterior (one noise for all images of a row), else its mean.")
+    caption_dropout: float = option(
+        0.0, "Share of rows trained without their prompt; one draw for all images of a row."
+    )
+    sample_latents: bool = option(
+        True, "Sample the VAE's posterior (one noise for all images of a row), else its mean."
+    )
     cache_dir: str | None = option(None, "Folder of encoded images and prompts; None means output_dir/cache.")
     cache_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of cached latents.")
     encode_batch_size: int = option(8, "Images or prompts encoded at once when the cache is filled.")

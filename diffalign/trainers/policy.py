@@ -53,8 +53,8 @@ def _add_adapter(denoiser: nn.Module, config: TrainingConfig) -> None:
     unmatched = [t for t in config.lora_targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:
         raise ConfigError(
-            f"lora_targets {unmatched} match no module of {type(denoiser).__name__}; the attention layers of diffusers' "
-            "UNets are to_q, to_k, to_v and to_out.0."
+            f"lora_targets {unmatched} match no module of {type(denoiser).__name__}; the attention layers of "
+            "diffusers' UNets are to_q, to_k, to_v and to_out.0."
         )
     torch_state = torch.get_rng_state()
     torch.manual_seed(config.seed)  # the adapter's random half must not depend on what ran before

@@ -83,10 +83,10 @@ def test_a_half_written_shard_is_named_and_its_entries_made_again(
 
 
 def test_shards_are_cut_by_size_and_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorCache, "shard_bytes", 100)
-    filled(tmp_path / "size", 0, 5)  # 48 bytes each
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorCache, "shard_bytes", 100)
+        filled(tmp_path / "size", 0, 5)  # 48 bytes each
     assert len(list((tmp_path / "size").glob("shard-*"))) == 2
-    monkeypatch.undo()
     monkeypatch.setattr(TensorCache, "flush_seconds", -1.0)
     filled(tmp_path / "time", 0, 5)
     assert len(list((tmp_path / "time").glob("shard-*"))) == 5

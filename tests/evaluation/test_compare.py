@@ -131,9 +131,16 @@ def test_finding_weights_says_what_a_folder_holds(tmp_path, base_folder, lora_fo
 
 def test_evaluate_writes_a_report_for_a_lora_run(lora_folder, base_folder, tmp_path):
     report = evaluate(
-        str(base_folder), lora_folder[0], PROMPTS, output_dir=tmp_path, seeds=2, steps=2, guidance=2.0, reward_models=SCORERS,
+        str(base_folder),
+        lora_folder[0],
+        PROMPTS,
+        output_dir=tmp_path,
+        seeds=2,
+        steps=2,
+        guidance=2.0,
+        reward_models=SCORERS,
         device="cpu",
-    )  # fmt: skip
+    )
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert (report["method"], report["prompts"], report["seeds"], report["pairs"]) == ("dpo", 3, 2, 6)
     assert list(report["scores"]) == ["red", "is_dark"]
@@ -151,20 +158,34 @@ def test_evaluate_writes_a_report_for_a_lora_run(lora_folder, base_folder, tmp_p
 
 def test_evaluate_takes_a_whole_pipeline(base_folder, tmp_path):
     report = evaluate(
-        str(base_folder), base_folder, PROMPTS, output_dir=tmp_path, seeds=1, steps=1, guidance=1.0, reward_models=SCORERS,
-        device="cpu", num_prompts=2, method="same",
-    )  # fmt: skip
+        str(base_folder),
+        base_folder,
+        PROMPTS,
+        output_dir=tmp_path,
+        seeds=1,
+        steps=1,
+        guidance=1.0,
+        reward_models=SCORERS,
+        device="cpu",
+        num_prompts=2,
+        method="same",
+    )
     assert (report["method"], report["pairs"]) == ("same", 2)
     assert report["scores"]["red"]["win_rate"]["value"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "word"),
-    [({"aligned": "nowhere"}, CheckpointError, "does not exist"), ({"model": "./nowhere"}, ConfigError, "nowhere"),
-     ({"prompts": []}, DataError, "no prompts"), ({"prompts": "shapes:heldouts"}, ConfigError, "shapes:heldout"),
-     ({"reward_models": ["nothing"]}, ConfigError, "nothing"), ({"seeds": 0}, ConfigError, "seeds"),
-     ({"reward_models": []}, ConfigError, "reward models")],
-)  # fmt: skip
+    [
+        ({"aligned": "nowhere"}, CheckpointError, "does not exist"),
+        ({"model": "./nowhere"}, ConfigError, "nowhere"),
+        ({"prompts": []}, DataError, "no prompts"),
+        ({"prompts": "shapes:heldouts"}, ConfigError, "shapes:heldout"),
+        ({"reward_models": ["nothing"]}, ConfigError, "nothing"),
+        ({"seeds": 0}, ConfigError, "seeds"),
+        ({"reward_models": []}, ConfigError, "reward models"),
+    ],
+)
 def test_bad_input_is_one_clear_error(changes, error, word, lora_folder, base_folder, tmp_path):
     given = {"model": str(base_folder), "aligned": lora_folder[0], "prompts": ["a"], "reward_models": SCORERS} | changes
     with pytest.raises(error, match=word):
@@ -222,9 +243,14 @@ def test_prompts_are_read_from_lists_files_and_built_in_sets(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text", "error", "word"),
-    [("a.txt", "\n \n", DataError, "no prompts"), ("a.jsonl", '{"text": "x"}', DataError, "line 1"),
-     ("a.jsonl", '"x"\n{', DataError, "line 2"), ("a.json", "{}", DataError, "list"), ("a.pdf", "x", ConfigError, r"\.txt")],
-)  # fmt: skip
+    [
+        ("a.txt", "\n \n", DataError, "no prompts"),
+        ("a.jsonl", '{"text": "x"}', DataError, "line 1"),
+        ("a.jsonl", '"x"\n{', DataError, "line 2"),
+        ("a.json", "{}", DataError, "list"),
+        ("a.pdf", "x", ConfigError, r"\.txt"),
+    ],
+)
 def test_bad_prompt_files_name_the_place(tmp_path, name, text, error, word):
     (tmp_path / name).write_text(text)
     with pytest.raises(error, match=word):

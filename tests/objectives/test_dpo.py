@@ -95,7 +95,9 @@ def test_mean_and_half_equal_the_sum_convention(n, coefficient):
 
 def test_without_the_half_beta_2500_is_our_5000():
     policy, reference = errors((0.12, 0.1)), errors((0.11, 0.105))
-    other = -torch.nn.functional.logsigmoid(2500 * ((reference[:, 0] - reference[:, 1]) - (policy[:, 0] - policy[:, 1])))
+    other = -torch.nn.functional.logsigmoid(
+        2500 * ((reference[:, 0] - reference[:, 1]) - (policy[:, 0] - policy[:, 1]))
+    )
     assert torch.allclose(dpo_loss(policy, reference, beta=5000.0).loss, other, rtol=1e-9)
 
 

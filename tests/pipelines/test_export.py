@@ -109,7 +109,7 @@ def test_dora_draws_identical_pictures_in_a_fresh_pipeline(family, tmp_path):
 
 @pytest.mark.parametrize("targets", [["to_q", "ff.net.2"], ["conv1"]])
 def test_dora_in_the_kohya_file_means_our_weights_to_comfyui(targets):
-    """ComfyUI on the output axis: W' = dora_scale * (W + alpha / rank * up @ down) / |W| (comfy/weight_adapter/base.py)."""
+    """ComfyUI on the output axis: W' = dora_scale (W + alpha / rank up @ down) / |W| (comfy/weight_adapter/base.py)."""
     trained = with_lora(tiny_sdxl(), targets=targets, use_dora=True)
     tensors, _ = kohya_state_dict(adapter_for(trained), trained.unet)
     merged = copy.deepcopy(trained.unet)

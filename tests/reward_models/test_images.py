@@ -47,9 +47,16 @@ def test_values_outside_the_stated_range_are_refused():
 
 @pytest.mark.parametrize(
     ("images", "word"),
-    [(Image.new("RGB", (2, 2)), "list"), (torch.zeros(3, 2, 2), "4 dimensions"), ([torch.zeros(4, 2, 2)], "picture 0"),
-     ([np.zeros((2, 2, 3), np.int64)], "uint8"), ([Image.new("I;16", (2, 2))], "I;16"), ([3], "int"), (3, "batch")],
-)  # fmt: skip
+    [
+        (Image.new("RGB", (2, 2)), "list"),
+        (torch.zeros(3, 2, 2), "4 dimensions"),
+        ([torch.zeros(4, 2, 2)], "picture 0"),
+        ([np.zeros((2, 2, 3), np.int64)], "uint8"),
+        ([Image.new("I;16", (2, 2))], "I;16"),
+        ([3], "int"),
+        (3, "batch"),
+    ],
+)
 def test_what_is_no_batch_of_pictures_is_refused(images, word):
     with pytest.raises(RewardModelError, match=word):
         to_pil(images)

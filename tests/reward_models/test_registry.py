@@ -31,7 +31,8 @@ class Redness(BaseRewardModel):
     def score_batch(self, images, prompts):
         self.batches.append(len(images))
         return [
-            None if prompt == "?" else self.scale * image.getpixel((0, 0))[0] for image, prompt in zip(images, prompts)
+            None if prompt == "?" else self.scale * image.getpixel((0, 0))[0]
+            for image, prompt in zip(images, prompts, strict=True)
         ]
 
 
@@ -83,9 +84,15 @@ def test_entry_points_are_offered(monkeypatch):
 
 @pytest.mark.parametrize(
     ("target", "options", "word"),
-    [(Redness, {"skale": 1.0}, "skale.*scale"), (Redness, {"dtype": torch.float16}, "dtype"), (brightness, {"scale": 1}, "none"),
-     ("no_such_module:Model", {}, "no_such_module"), ("reward_models:Nothing", {}, "Nothing"), (dict, {}, "no reward model")],
-)  # fmt: skip
+    [
+        (Redness, {"skale": 1.0}, "skale.*scale"),
+        (Redness, {"dtype": torch.float16}, "dtype"),
+        (brightness, {"scale": 1}, "none"),
+        ("no_such_module:Model", {}, "no_such_module"),
+        ("reward_models:Nothing", {}, "Nothing"),
+        (dict, {}, "no reward model"),
+    ],
+)
 def test_what_cannot_be_used_is_refused(target, options, word):
     with pytest.raises(RewardModelError, match=word):
         load_reward_model(target, **options)
@@ -103,5 +110,8 @@ def test_wrong_counts_and_infinite_scores_are_refused():
 
 
 def test_the_package_needs_nothing_of_diffalign():
-    code = "import sys, reward_models, reward_models.clip; sys.exit(any(m.split('.')[0] == 'diffalign' for m in sys.modules))"
+    code = (
+        "import sys, reward_models, reward_models.clip\n"
+        "sys.exit(any(name.split('.')[0] == 'diffalign' for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

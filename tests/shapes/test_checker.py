@@ -49,11 +49,16 @@ def test_no_picture_passes_under_another_pictures_caption(renders):
 
 @pytest.mark.parametrize(
     ("picture", "caption"),
-    [("a red circle on the left", "a red circle on the right"), ("a red circle above a blue ring", "a red circle below a blue ring"),
-     ("two red circles", "three red circles"), ("a red circle", "a orange circle"), ("a red square", "a red cross"),
-     ("a red circle above a blue ring", "a blue circle above a red ring"),
-     ("a red circle on a white background", "a red circle on a gray background")],
-)  # fmt: skip
+    [
+        ("a red circle on the left", "a red circle on the right"),
+        ("a red circle above a blue ring", "a red circle below a blue ring"),
+        ("two red circles", "three red circles"),
+        ("a red circle", "a orange circle"),
+        ("a red square", "a red cross"),
+        ("a red circle above a blue ring", "a blue circle above a red ring"),
+        ("a red circle on a white background", "a red circle on a gray background"),
+    ],
+)
 def test_one_false_claim_is_caught_and_soft_falls_by_its_share(picture, caption):
     for seed in range(10):
         image = render(parse(picture), np.random.default_rng(seed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 from datasets import load_dataset
@@ -37,9 +36,16 @@ def table(pipeline, tmp_path_factory):
     scorers = [load_reward_model(mean_red), load_reward_model(blind_to_dogs)]
     drawn = []
     report = build_preferences(
-        pipeline, PROMPTS, images_per_prompt=3, reward_models=scorers, folder=folder, seed=5, prompts_at_once=2,
-        on_progress=drawn.append, **SETTINGS,
-    )  # fmt: skip
+        pipeline,
+        PROMPTS,
+        images_per_prompt=3,
+        reward_models=scorers,
+        folder=folder,
+        seed=5,
+        prompts_at_once=2,
+        on_progress=drawn.append,
+        **SETTINGS,
+    )
     return report, drawn, load_dataset(str(folder), split="train")
 
 
@@ -71,9 +77,14 @@ def test_a_stored_seed_draws_the_stored_picture_again(table, pipeline):
 
 def test_rows_do_not_depend_on_the_other_prompts_or_their_grouping(table, pipeline, tmp_path):
     build_preferences(
-        pipeline, PROMPTS[1:2], images_per_prompt=3, reward_models=[load_reward_model(mean_red)], folder=tmp_path / "one",
-        seed=5, **SETTINGS,
-    )  # fmt: skip
+        pipeline,
+        PROMPTS[1:2],
+        images_per_prompt=3,
+        reward_models=[load_reward_model(mean_red)],
+        folder=tmp_path / "one",
+        seed=5,
+        **SETTINGS,
+    )
     alone = load_dataset(str(tmp_path / "one"), split="train")[0]
     for first, second in zip(alone["images"], table[2][1]["images"], strict=True):
         assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max() <= 1
@@ -81,18 +92,26 @@ def test_rows_do_not_depend_on_the_other_prompts_or_their_grouping(table, pipeli
 
 def test_a_prompt_nobody_could_judge_is_set_aside_with_the_reason(pipeline, tmp_path):
     report = build_preferences(
-        pipeline, PROMPTS, images_per_prompt=2, reward_models=[load_reward_model(blind_to_dogs)], folder=tmp_path / "t",
+        pipeline,
+        PROMPTS,
+        images_per_prompt=2,
+        reward_models=[load_reward_model(blind_to_dogs)],
+        folder=tmp_path / "t",
         **SETTINGS,
-    )  # fmt: skip
+    )
     assert report.rows == 2
     assert list(report.set_aside) == ["a dog"] and "missing" in report.set_aside["a dog"]
 
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"images_per_prompt": 1}, "two images"), ({"reward_models": []}, "reward models"), ({"prompts": []}, "prompts"),
-     ({"prompts": ["a", "b", "a"]}, "'a' again")],
-)  # fmt: skip
+    [
+        ({"images_per_prompt": 1}, "two images"),
+        ({"reward_models": []}, "reward models"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": ["a", "b", "a"]}, "'a' again"),
+    ],
+)
 def test_bad_input_is_refused_before_anything_is_drawn(changes, word, tmp_path):
     arguments = {"prompts": PROMPTS, "images_per_prompt": 2, "reward_models": [load_reward_model(mean_red)]} | changes
     prompts = arguments.pop("prompts")
@@ -104,6 +123,10 @@ def test_bad_input_is_refused_before_anything_is_drawn(changes, word, tmp_path):
 def test_an_existing_table_is_not_overwritten(table, pipeline):
     with pytest.raises(DataError, match="already holds"):
         build_preferences(
-            pipeline, PROMPTS, images_per_prompt=2, reward_models=[load_reward_model(mean_red)], folder=table[0].folder,
+            pipeline,
+            PROMPTS,
+            images_per_prompt=2,
+            reward_models=[load_reward_model(mean_red)],
+            folder=table[0].folder,
             **SETTINGS,
-        )  # fmt: skip
+        )

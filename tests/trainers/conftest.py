@@ -23,7 +23,9 @@ def preference_rows(count: int = 6, candidates: int = 2, seed: int = 0) -> list[
     for i in range(count):
         caption = sample_caption(rng)
         images = [render(caption, rng) for _ in range(candidates)]
-        rows.append({"prompt": f"{caption} {i}", "images": images, "preference": np.linspace(1, 0, candidates).tolist()})
+        rows.append(
+            {"prompt": f"{caption} {i}", "images": images, "preference": np.linspace(1, 0, candidates).tolist()}
+        )
     return rows
 
 

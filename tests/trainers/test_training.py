@@ -290,7 +290,9 @@ def test_optimizers_run(make_trainer, optimizer):
 
 def test_lists_give_the_pairs_that_are_asked_for(make_trainer):
     rows = preference_rows(2, candidates=3)
-    counts = {pairs: len(make_trainer(dataset=rows, pairs=pairs).examples) for pairs in ("best_worst", "adjacent", "all")}
+    counts = {
+        pairs: len(make_trainer(dataset=rows, pairs=pairs).examples) for pairs in ("best_worst", "adjacent", "all")
+    }
     assert counts == {"best_worst": 2, "adjacent": 4, "all": 6}
 
 
