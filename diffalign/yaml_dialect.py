@@ -43,9 +43,16 @@ SCALARS = {
 for _reader in (Loader, Dumper):
     for _kind, _pattern in SCALARS.items():
         _reader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), None)
+
+
+def _text(loader: Any, node: yaml.Node) -> str:
+    assert isinstance(node, yaml.ScalarNode)  # the tags are resolved for scalars only
+    return str(loader.construct_scalar(node))
+
+
 # PyYAML reads 010 as octal and 1:30 as sexagesimal; here an int is its decimal digits.
-Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(loader.construct_scalar(node)))
+Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(_text(loader, node)))
+Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _float(_text(loader, node)))
 
 
 def _float(text: str) -> float:

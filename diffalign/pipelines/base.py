@@ -28,6 +28,10 @@ ATTENTION = ("sdpa", "xformers", "eager")
 _FAMILIES: dict[str, type[PipelineAdapter]] = {}
 
 
+#: A diffusers network: a module, its configuration and its mixins (adapters, attention), which share no static type.
+Denoiser = Any
+
+
 class PipelineAdapter(ABC):
     """A pipeline seen by a trainer.
 
@@ -68,7 +72,7 @@ class PipelineAdapter(ABC):
     # --- the parts ---------------------------------------------------------------------------------------------
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Denoiser:
         """The network that is trained."""
         return getattr(self.pipeline, self.denoiser_name)
 
@@ -290,7 +294,7 @@ class PipelineAdapter(ABC):
             _enable_xformers(self.denoiser)
 
 
-def _enable_xformers(denoiser: nn.Module) -> None:
+def _enable_xformers(denoiser: Denoiser) -> None:
     advice = "Install it (pip install 'diffalign[xformers]') or use attention=sdpa, which is as fast on current GPUs."
     if not is_xformers_available():
         raise ConfigError(f"attention=xformers needs the package xformers, which is not installed. {advice}")

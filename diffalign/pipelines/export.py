@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from .base import PipelineAdapter
+from .base import Denoiser, PipelineAdapter
 from .names import original_name
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def save_pipeline(adapter: PipelineAdapter, folder: str | Path, *, denoiser: nn.
         (staging / "new").rename(folder)
 
 
-def _merged(network: nn.Module) -> nn.Module:
+def _merged(network: Denoiser) -> Denoiser:
     """The network itself, or a copy with its adapters merged."""
     if not getattr(network, "peft_config", None):
         return network
@@ -161,7 +161,7 @@ def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return {n: m for n, m in network.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
 
 
-def _kohya_module(adapter: PipelineAdapter, network: nn.Module, name: str) -> str:
+def _kohya_module(adapter: PipelineAdapter, network: Denoiser, name: str) -> str:
     if adapter.family != "sdxl":
         return name
     attending = {i for i, kind in enumerate(network.config.up_block_types) if "Attn" in kind}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -110,8 +111,8 @@ def _thing(mask: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> Thing | No
     if soft.sum() < _MIN_AREA or not core.any():
         return None
     votes = np.bincount(color[core], minlength=len(COLORS))
-    left, right = _extent(soft.max(0), mask.any(0))
-    top, bottom = _extent(soft.max(1), mask.any(1))
+    left, right = _extent(soft.max(axis=0), np.any(mask, axis=0))
+    top, bottom = _extent(soft.max(axis=1), np.any(mask, axis=1))
     width, height = right - left, bottom - top
     shape = None
     if 0.72 < width / height < 1.4:
@@ -126,7 +127,7 @@ def _thing(mask: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> Thing | No
     return Thing(name, shape, (left + right) / 2, (top + bottom) / 2, (width + height) / 4)
 
 
-def _extent(profile: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
+def _extent(profile: np.ndarray, inside: Any) -> tuple[float, float]:
     """Sub-pixel start and end of a soft profile along one axis: partial coverage counts as part of a pixel."""
     first, last = np.flatnonzero(inside)[[0, -1]]
     before = profile[first - 1] if first > 0 else 0.0
@@ -188,7 +189,8 @@ def _assign(caption: Caption, things: list[Thing]) -> tuple[Thing | None, Thing 
     def fit(thing: Thing, name: tuple[str, str]) -> float:
         return (thing.color == name[0]) + (thing.shape == name[1])
 
-    best, choice = -1.0, (None, None)
+    best = -1.0
+    choice: tuple[Thing | None, Thing | None] = (None, None)
     for i, a in enumerate(things):
         if fit(a, caption.things[0]) > best and len(things) == 1:
             best, choice = fit(a, caption.things[0]), (a, None)

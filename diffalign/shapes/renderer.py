@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from .grammar import BACKGROUNDS, COLORS, Caption
 
 SIZE = 64
+Color = tuple[int, ...] | int | float | None
 _SUPERSAMPLE = 4
 _SMALL, _LARGE = (7.0, 8.5), (10.5, 12.5)
 #: Distance from the picture's centre at which a named position lies, in pixels.
@@ -28,7 +29,9 @@ def render(caption: Caption, rng: np.random.Generator) -> Image.Image:
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, half: float, fill, background) -> None:
+def draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, half: float, fill: Color, background: Color
+) -> None:
     """Draw one shape that fills the square of half-extent ``half`` around (x, y), in unscaled pixels."""
     s = _SUPERSAMPLE
     left, top, right, bottom = (x - half) * s, (y - half) * s, (x + half) * s, (y + half) * s
@@ -68,7 +71,8 @@ def _layout(caption: Caption, rng: np.random.Generator) -> list[tuple[float, flo
 
 def _single_position(position: str | None, half: float, rng: np.random.Generator) -> tuple[float, float]:
     if position is None:
-        return tuple(rng.uniform(half + 2, SIZE - half - 2, 2))  # type: ignore[return-value]
+        x, y = rng.uniform(half + 2, SIZE - half - 2, 2)
+        return float(x), float(y)
     along, across = rng.uniform(*_OFFSET), rng.uniform(-5, 5)
     dx, dy = {
         "left": (-along, across),

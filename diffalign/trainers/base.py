@@ -240,7 +240,7 @@ class PreferenceTrainer(ABC):
         )
         if norm is not None and config.mixed_precision != "fp16" and not torch.isfinite(norm):
             self._stop(f"the gradient's norm is {norm.item()} at step {self.step + 1} although every loss is finite")
-        learning_rate = self.lr_schedule.get_last_lr()[0]
+        learning_rate = float(self.lr_schedule.get_last_lr()[0])
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.lr_schedule.step()

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..pipelines import PipelineAdapter
+    from ..pipelines.base import Denoiser
     from .config import TrainingConfig
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,7 +49,7 @@ def prepare_policy(adapter: PipelineAdapter, config: TrainingConfig, device: tor
     return trainable
 
 
-def _add_adapter(denoiser: nn.Module, config: TrainingConfig) -> None:
+def _add_adapter(denoiser: Denoiser, config: TrainingConfig) -> None:
     names = [name for name, _ in denoiser.named_modules()]
     unmatched = [t for t in config.lora_targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:

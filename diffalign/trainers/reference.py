@@ -7,6 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class AdapterReference(Reference):
         denoiser: the unwrapped policy with at least one adapter.
     """
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
         self.identity = weights_hash(denoiser, skip="lora_")
 
@@ -74,5 +75,5 @@ def weights_hash(module: nn.Module, *, skip: str | None = None) -> str:
             continue
         tensor = parameter.detach().cpu().contiguous()
         digest.update(f"{name.replace('.base_layer', '')} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
