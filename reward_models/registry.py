@@ -94,7 +94,10 @@ def _import(path: str) -> Any:
 
 
 def _parameters(target: type) -> set[str]:
-    parameters = inspect.signature(target).parameters.values()
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:  # built-in types tell no signature, and are no reward models
+        return set()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 

@@ -101,6 +101,9 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     with device:
         pipeline = tiny_sdxl() if args.tiny else sdxl_pipeline()
     resolution = 32 if args.tiny else args.resolution
+    case_settings = dict(CASES[case])
+    if args.mixed_precision == "no":  # without autocast the reference must have the policy's precision
+        case_settings.pop("reference_dtype", None)
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -112,7 +115,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
             resolution=resolution,
             progress_bar=False,
             encode_batch_size=2,
-            **CASES[case],
+            **case_settings,
         )
         dataset = load_preferences(rows(2 * args.batch_size, resolution))
         trainer = DPOTrainer(pipeline, config, train_dataset=dataset)
@@ -137,7 +140,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     record = {
         "case": case,
-        "settings": {**CASES[case], "batch_size": args.batch_size, "mixed_precision": args.mixed_precision,
+        "settings": {**case_settings, "batch_size": args.batch_size, "mixed_precision": args.mixed_precision,
                      "gradient_checkpointing": args.gradient_checkpointing, "attention": args.attention,
                      "resolution": resolution},
         "seconds_per_pair": statistics.median(timed),

@@ -98,7 +98,8 @@ def _unmix(pixels: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Per pixel: coverage alpha (H, W), index of the best colour (H, W), distance to that mixture (H, W)."""
     palette = np.array(list(COLORS.values()), dtype=np.float32) - base  # (K, 3)
     offset = pixels - base
-    alpha = np.clip(np.einsum("hwc,kc->khw", offset, palette) / (palette**2).sum(1)[:, None, None], 0.0, 1.15)
+    length = np.maximum((palette**2).sum(1), 1.0)  # a background may happen to be one of the colours
+    alpha = np.clip(np.einsum("hwc,kc->khw", offset, palette) / length[:, None, None], 0.0, 1.15)
     distance = np.linalg.norm(offset[None] - alpha[..., None] * palette[:, None, None], axis=-1)
     best = distance.argmin(0)
     rows, cols = np.indices(best.shape)

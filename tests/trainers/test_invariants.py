@@ -91,10 +91,11 @@ def batch_of_four(tmp_path_factory) -> Path:
 
 
 def assert_same_metrics(a: Path, b: Path) -> None:
+    """Rewards are 2500 times a difference of fp32 errors near 1, so their rounding noise is near 1e-3."""
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x.keys() == y.keys()
         for name in x:
-            assert x[name] == pytest.approx(y[name], rel=2e-3, abs=1e-4), name
+            assert x[name] == pytest.approx(y[name], rel=2e-3, abs=2e-3), name
 
 
 def test_four_at_once_equal_four_accumulated(batch_of_four, tmp_path):

@@ -52,7 +52,7 @@ def test_adamw_8bit_steps_like_adamw():
 def test_adamw_8bit_without_bitsandbytes_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match=r"diffalign\[8bit\]"):
+    with pytest.raises(ConfigError, match=r"diffalign\[bnb\]"):
         build_optimizer([_parameter()], DPOConfig(optimizer="adamw_8bit"))
 
 
