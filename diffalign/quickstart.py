@@ -38,7 +38,7 @@ class Settings:
     """
 
     seed: int = 0
-    prompts: int = 320
+    prompts: int = 256
     images_per_prompt: int = 6
     heldout_prompts: int = 420
     steps: int = 12

@@ -292,7 +292,10 @@ def cosine(steps: int, warmup: int):
 def export(args: argparse.Namespace, folder: Path) -> dict:
     """Save the pipeline in fp16 and measure what was saved: strict correctness on fresh captions of both splits."""
     started = time.monotonic()
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline").to(torch.float16)
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
+    # Not the text encoders: transformers loads weights in the precision they rest in, diffusers in fp32.
+    pipe.unet.half()
+    pipe.vae.half()
     target = args.weights_dir
     pipe.save_pretrained(target, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):  # readers of older transformers look for these two files
