@@ -124,7 +124,8 @@ def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
             unet(*inputs, added_cond_kwargs=added)
     traced = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     estimate = estimate_memory(config, resolution=8 * side, images=2, mixed_precision="no").activations
-    assert 1 / 1.3 < estimate / traced < 1.3
+    # One estimate for both: with an adapter the frozen layers save less, so there it errs to the safe side.
+    assert 1 / 1.3 < estimate / traced < (1.5 if lora else 1.3)
 
 
 @pytest.mark.parametrize(
