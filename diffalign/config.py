@@ -318,7 +318,7 @@ def _check_combinations(config: TrainingConfig) -> None:
         f"validate_every={c.validate_every} needs validation_prompts; give a list of prompts, or validate_every=null.",
     )
     require(
-        c.reference_dtype == "same" or c.mixed_precision != "no",
+        c.adapter != "none" or c.reference_dtype == "same" or c.mixed_precision != "no",
         f"reference_dtype={c.reference_dtype} needs autocast: set mixed_precision, or reference_dtype=same.",
     )
     require(c.adapter == "none" or bool(c.lora_targets), "lora_targets must name at least one module.")

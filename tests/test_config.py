@@ -215,7 +215,7 @@ def test_sft_has_no_reference_and_no_soft_ties() -> None:
 
 
 def test_what_is_allowed_passes() -> None:
-    check(DPOConfig(max_epochs=0.5, adapter="none", reference_dtype="bf16", warmup_steps=3))
+    check(DPOConfig(max_epochs=0.5, adapter="none", reference_dtype="bf16", mixed_precision="bf16", warmup_steps=3))
     check(DPOConfig(max_steps=1, validate_every=1, validation_prompts=["x"], trackers=["wandb", "tensorboard"]))
     check(DPOConfig(max_steps=1, push_to_hub=True, hub_private=True, hub_model_id="a/b", ties="soft"))
 

@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def write_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(output_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"could not write {final}: {error}. The checkpoints before it are untouched; free space or choose another "
