@@ -12,7 +12,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 CHECKED := diffalign reward_models training tests benchmarks demos
 
-.PHONY: help quickstart test lint types slow study-dpo pretrain-shapes clean
+.PHONY: help quickstart test lint types slow study-dpo study-offline pretrain-shapes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,7 +34,11 @@ slow: $(DEV)  ## one-seed proofs, tests of the shipped weights and, where there 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or weights or gpu" $(ARGS)
 
 study-dpo: $(RUN)  ## three seeds of DPO and its controls on the shapes world; about an hour on 2 cores
-	$(BIN)/python benchmarks/study_dpo.py $(ARGS)
+	$(BIN)/python benchmarks/study_offline.py --arms dpo sft shuffled --name study-dpo $(ARGS)
+
+study-offline: $(RUN)  ## every offline method, its controls and ablations, three seeds; some hours on 2 cores
+	$(BIN)/python benchmarks/study_offline.py --name study-offline --arms dpo mapo smpo rankdpo sft shuffled \
+		smpo-hard smpo-noise rankdpo-plain $(ARGS)
 
 pretrain-shapes: $(RUN)  ## train the embedded micro SDXL from scratch; about 45 minutes on 2 cores
 	$(BIN)/python training/pretrain_shapes.py --output-dir out/shapes-sdxl $(ARGS)

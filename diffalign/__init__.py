@@ -16,13 +16,29 @@ if TYPE_CHECKING:
     from .data import load_preferences
     from .errors import CheckpointError, ConfigError, DataError, DiffalignError, DivergenceError
     from .pipelines import load_pipeline
-    from .trainers import DPOConfig, DPOTrainer, PreferenceTrainer, SFTConfig, SFTTrainer, TrainingConfig
+    from .trainers import (
+        DPOConfig,
+        DPOTrainer,
+        MaPOConfig,
+        MaPOTrainer,
+        PreferenceTrainer,
+        RankDPOConfig,
+        RankDPOTrainer,
+        SFTConfig,
+        SFTTrainer,
+        SmPOConfig,
+        SmPOTrainer,
+        TrainingConfig,
+    )
 
 _HOMES = {
     "errors": ["CheckpointError", "ConfigError", "DataError", "DiffalignError", "DivergenceError"],
     "data": ["load_preferences"],
     "pipelines": ["load_pipeline"],
-    "trainers": ["DPOConfig", "DPOTrainer", "PreferenceTrainer", "SFTConfig", "SFTTrainer", "TrainingConfig"],
+    "trainers": [
+        *("DPOConfig", "DPOTrainer", "MaPOConfig", "MaPOTrainer", "PreferenceTrainer", "RankDPOConfig"),
+        *("RankDPOTrainer", "SFTConfig", "SFTTrainer", "SmPOConfig", "SmPOTrainer", "TrainingConfig"),
+    ],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -34,9 +50,15 @@ __all__ = [
     "DataError",
     "DiffalignError",
     "DivergenceError",
+    "MaPOConfig",
+    "MaPOTrainer",
     "PreferenceTrainer",
+    "RankDPOConfig",
+    "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SmPOConfig",
+    "SmPOTrainer",
     "TrainingConfig",
     "__version__",
     "load_pipeline",

@@ -41,6 +41,9 @@ class Method:
 
 METHODS = {
     "dpo": Method("diffalign.trainers.dpo:DPOTrainer", "diffalign.trainers.config:DPOConfig"),
+    "mapo": Method("diffalign.trainers.mapo:MaPOTrainer", "diffalign.trainers.config:MaPOConfig"),
+    "smpo": Method("diffalign.trainers.smpo:SmPOTrainer", "diffalign.trainers.config:SmPOConfig"),
+    "rankdpo": Method("diffalign.trainers.rankdpo:RankDPOTrainer", "diffalign.trainers.config:RankDPOConfig"),
     "sft": Method("diffalign.trainers.sft:SFTTrainer", "diffalign.trainers.config:SFTConfig"),
 }
 
@@ -260,9 +263,14 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "min_timestep", "max_timestep"), _NOT_NEGATIVE),
     **dict.fromkeys(("timesteps", "validation_guidance"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"), _SHARE),
-    **dict.fromkeys(("min_margin", "caption_dropout"), _SHARE),
+    **dict.fromkeys(("min_margin", "caption_dropout", "label_smoothing", "target_gradient_factor"), _SHARE),
+    **dict.fromkeys(("images_per_pass", "precompute_reference", "draws_per_row", "max_prompt_tokens"), _COUNT),
+    **dict.fromkeys(("density_std", "gamma", "kappa", "margin_scale", "exponent", "log_base"), _POSITIVE),
+    **dict.fromkeys(("sft_weight", "margin_weight", "inversion_steps", "renoise", "guidance_embedding"), _NOT_NEGATIVE),
+    **dict.fromkeys(("curriculum_stages", "list_size"), (2, math.inf, True)),
 }
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout")
+BELOW_HALF = ("label_smoothing", "target_gradient_factor")
 
 
 def check(config: TrainingConfig) -> None:
@@ -285,10 +293,12 @@ def _check_range(name: str, value: Any) -> None:
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             continue
         low, high, inclusive = RANGES.get(name, (-math.inf, math.inf, True))
-        top = item < high if name in BELOW_ONE else item <= high
+        high = 0.5 if name in BELOW_HALF else high
+        open_above = name in BELOW_ONE + BELOW_HALF
+        top = item < high if open_above else item <= high
         if not (math.isfinite(item) and (item >= low if inclusive else item > low) and top):
             lower = f"at least {low}" if inclusive else f"above {low}"
-            upper = "" if high == math.inf else f" and {'below' if name in BELOW_ONE else 'at most'} {high}"
+            upper = "" if high == math.inf else f" and {'below' if open_above else 'at most'} {high}"
             raise ConfigError(f"{name} must be a finite number {lower}{upper}; got {item}.")
 
 
@@ -321,22 +331,58 @@ def _check_combinations(config: TrainingConfig) -> None:
         c.adapter != "none" or c.reference_dtype == "same" or c.mixed_precision != "no",
         f"reference_dtype={c.reference_dtype} needs autocast: set mixed_precision, or reference_dtype=same.",
     )
-    require(c.adapter == "none" or bool(c.lora_targets), "lora_targets must name at least one module.")
     require(
         c.ties == "drop" or c.min_margin == 0,
         f"ties=soft keeps ties, min_margin={c.min_margin} drops them: choose min_margin=0 or ties=drop.",
+    )
+    require(
+        c.images_per_pass is None or c.lora_dropout == 0,
+        f"images_per_pass={c.images_per_pass} runs each image twice, and lora_dropout={c.lora_dropout} would differ "
+        "between the two: set lora_dropout=0.",
+    )
+    require(
+        c.precompute_reference is None or c.draws_per_row in (None, c.precompute_reference),
+        f"precompute_reference={c.precompute_reference} is a number of draws per row too: leave draws_per_row out.",
+    )
+    require(
+        c.precompute_reference is None or c.has_reference,
+        f"precompute_reference={c.precompute_reference}, but this method compares with no reference model: leave it "
+        "out.",
+    )
+    inverter = getattr(c, "inverter", None)
+    require(
+        c.precompute_reference is None or inverter != "policy",
+        f"precompute_reference={c.precompute_reference} needs noise that stays the same, but with inverter=policy it "
+        "moves with the policy: use inverter=reference.",
+    )
+    score_range = getattr(c, "score_range", [])
+    require(
+        not score_range or (len(score_range) == 2 and score_range[0] < score_range[1]),
+        f"score_range must be [lowest, highest]; got {score_range}.",
     )
 
 
 def _check_idle(config: TrainingConfig) -> None:
     """Refuse a setting that was changed from its default although another one keeps it from being read."""
-    from .trainers.config import SFTConfig
-
-    c = config
+    c, own = config, vars(config)
     rules: list[tuple[bool, str, list[str]]] = [
         (c.adapter == "none", "adapter=none", ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]),
         (c.adapter != "none", f"adapter={c.adapter} (its reference is the base itself)", ["reference_dtype"]),
-        (isinstance(c, SFTConfig), "method sft (it has no reference and needs a winner)", ["reference_dtype", "ties"]),
+        (not c.has_reference, "a method without a reference", ["reference_dtype", "ties"]),
+        (c.precompute_reference is not None, "precompute_reference (nothing is copied)", ["reference_dtype"]),
+        (not c.takes_pairs, "a method on lists", ["pairs", "ties"]),
+        (
+            c.timestep_density not in ("default", "logit_normal"),
+            "this timestep_density",
+            ["density_mean", "density_std"],
+        ),
+        (not own.get("label_smoothing"), "label_smoothing=0", ["smoothing"]),
+        (own.get("variant") == "paper", "variant=paper", ["margin_weight", "kappa", "margin_scale"]),
+        (own.get("variant") == "code", "variant=code", ["exponent"]),
+        ("gamma" in own and own["score"] is None, "score=null", ["score_range", "contradiction"]),
+        (own.get("inversion_steps") == 0, "inversion_steps=0", ["renoise", "inverter"]),
+        (own.get("weighting") == "none", "weighting=none", ["gain", "log_base", "rank_source"]),
+        (own.get("weighting") == "gain", "weighting=gain", ["log_base", "rank_source"]),
         (c.optimizer == "adafactor", "optimizer=adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
         (c.lr_schedule == "constant", "lr_schedule=constant (use constant_with_warmup)", ["warmup_steps"]),
         (bool(c.timesteps), "a list of timesteps", ["min_timestep", "max_timestep"]),
@@ -346,6 +392,8 @@ def _check_idle(config: TrainingConfig) -> None:
     settings = _fields(type(c))
     for applies, reason, names in rules:
         for name in names:
+            if name not in settings:
+                continue
             default = _default(settings[name])
             if applies and vars(c)[name] != default:
                 raise ConfigError(

@@ -17,7 +17,6 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .data import PreferenceDataset
-    from .trainers import TrainingConfig
 
 log = logging.getLogger(__name__)
 RECIPE = "shapes-dpo"
@@ -116,9 +115,9 @@ def train(
     overrides: list[str] | None = None,
     *,
     dataset: PreferenceDataset,
-    method: str | None = None,
-) -> dict[str, Any] | None:
-    """Train the recipe on a table, or continue what was stopped.
+    recipe: str = RECIPE,
+) -> dict[str, Any]:
+    """Train a recipe on a table, or continue what was stopped.
 
     Args:
         table: where the preferences are; recorded in the run's ``config.yaml``.
@@ -126,25 +125,16 @@ def train(
         seed: run seed.
         overrides: ``key=value`` settings in place of the recipe's.
         dataset: the loaded table.
-        method: another method on the recipe's settings, for controls.
+        recipe: name of the recipe.
     """
     from .config import dump, load_job, trainer_class
 
     fixed = [f"dataset={table}", f"output_dir={folder}", f"seed={seed}", "resume=latest"]
-    job, config = load_job(RECIPE, [*fixed, *(overrides or [])])
-    if method is not None:
-        job.method = method
-        config = _same_settings(config, trainer_class(method).config_class)
+    job, config = load_job(recipe, [*fixed, *(overrides or [])])
     trainer = trainer_class(job.method)("shapes", config, train_dataset=dataset)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(job, config), encoding="utf-8")
     return trainer.train()
-
-
-def _same_settings(config: TrainingConfig, target: type[TrainingConfig]) -> TrainingConfig:
-    """The settings that another method shares."""
-    fields = target.__dataclass_fields__
-    return target(**{name: value for name, value in asdict(config).items() if name in fields})
 
 
 def measure(aligned: Path, folder: Path, settings: Settings, *, held_out: bool = True) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def test_a_key_of_another_method_says_whose_it_is(job_file: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dop", "", "[dpo]"])
 def test_an_unknown_method_lists_the_known(job_file: Path, method: str) -> None:
-    with pytest.raises(ConfigError, match="no method.*Known: dpo, sft"):
+    with pytest.raises(ConfigError, match="no method.*Known: dpo, mapo, smpo, rankdpo, sft"):
         load_job(job_file, [f"method={method}"])
 
 
@@ -194,7 +194,6 @@ def test_the_dataset_is_required(job_file: Path) -> None:
         ({"trackers": ["wandb", "wandb"]}, "named twice"),
         ({"adapter": "none", "lora_rank": 8}, "lora_rank=8 has no effect with adapter=none.*lora_rank=16"),
         ({"adapter": "none", "lora_targets": ["to_q"]}, "lora_targets.* has no effect"),
-        ({"lora_targets": []}, "lora_targets must name"),
         ({"reference_dtype": "bf16"}, "reference_dtype=bf16 has no effect with adapter=lora"),
         ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1=0.5 has no effect with optimizer=adafactor"),
         ({"hub_private": True}, "hub_private=true has no effect with push_to_hub=false"),
@@ -210,7 +209,7 @@ def test_a_contradiction_is_refused(changes: dict, message: str) -> None:
 
 def test_sft_has_no_reference_and_no_soft_ties() -> None:
     check(SFTConfig(max_steps=1))
-    with pytest.raises(ConfigError, match="ties=soft has no effect with method sft"):
+    with pytest.raises(ConfigError, match="ties=soft has no effect with a method without a reference"):
         check(SFTConfig(max_steps=1, ties="soft"))
 
 

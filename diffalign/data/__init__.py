@@ -2,10 +2,11 @@
 
 from .check import CheckReport, check_preferences
 from .encoded import EncodedPreferences
-from .pairs import Example, select_pairs
+from .pairs import Example, curriculum, select_lists, select_pairs
 from .pickapic import write_pickapic
-from .preferences import LoadReport, PreferenceDataset, load_preferences
+from .preferences import LoadReport, PreferenceDataset, load_preferences, store_score_ranges
 from .schema import FEATURES, PreferenceRow, row_id_of, write_preferences, write_shard
+from .soft_labels import soften
 
 __all__ = [
     "FEATURES",
@@ -16,9 +17,13 @@ __all__ = [
     "PreferenceDataset",
     "PreferenceRow",
     "check_preferences",
+    "curriculum",
     "load_preferences",
     "row_id_of",
+    "select_lists",
     "select_pairs",
+    "soften",
+    "store_score_ranges",
     "write_pickapic",
     "write_preferences",
     "write_shard",

@@ -169,18 +169,11 @@ class EncodedPreferences:
         return {name: self.prompts.get(f"{key}.{name}").float() for name in self._names}
 
 
-def size_multiple(adapter: PipelineAdapter) -> int:
-    """Pixels that the edges of an image must be a multiple of: latent cell x downsampling of the denoiser."""
-    config: Any = adapter.denoiser.config
-    blocks = config.get("down_block_types") or ("one",)
-    return adapter.vae_scale_factor * 2 ** (len(blocks) - 1)
-
-
 def _planner(
     dataset: PreferenceDataset, index: RowIndex, adapter: PipelineAdapter, config: TrainingConfig
 ) -> Callable[[int], Geometry]:
     resolution = adapter.native_resolution if config.resolution is None else config.resolution
-    multiple, cell = size_multiple(adapter), adapter.vae_scale_factor
+    multiple, cell = adapter.size_multiple, adapter.vae_scale_factor
 
     def geometry(row: int) -> Geometry:
         position = CENTRE

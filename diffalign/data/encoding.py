@@ -198,11 +198,9 @@ def _as_entries(key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _warn_of_cut_prompts(adapter: PipelineAdapter, prompts: Iterable[str]) -> None:
     """Say once how many prompts are longer than the text encoder reads."""
-    name = adapter.tokenizer_names[0]
-    tokenizer = getattr(adapter.pipeline, name, None)
+    tokenizer, limit = adapter.prompt_reader
     if tokenizer is None:
         return
-    limit = tokenizer.model_max_length
     cut = [text for text in prompts if len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) > limit]
     if cut:
         log.warning(

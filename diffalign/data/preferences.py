@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +16,13 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..randomness import keyed_permutation
+from .files import atomic_file
 from .images import decode_image, image_bytes_of
-from .judgement import Judgement, read_judgement
+from .judgement import Judgement, read_judgement, read_scores
 from .pickapic import REQUIRED as PICKAPIC
 from .pickapic import from_pickapic, has_no_label
 from .schema import PreferenceRow, read_image_cells, read_prompt, read_sources, refuse_few
-from .sources import Cells, Table, open_table
+from .sources import SCORE_RANGES, Cells, Table, open_table
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +122,28 @@ class PreferenceDataset:
         """Ranks of the candidates of a row; 1 is best, equal ranks are ties."""
         return self._rank[self._ends[index] : self._ends[index + 1]].tolist()
 
+    def scores(self, index: int) -> dict[str, list[float]]:
+        """Raw scores of the candidates of a row by reward model, NaN where missing; read without the images."""
+        number = self.number(index)
+        cells = to_own_columns(self._table.outline(number), f"row {number}")
+        return read_scores(cells.get("scores"), len(self.rank(index)), f"row {number}")
+
+    def score_range(self, name: str) -> tuple[float, float]:
+        """Lowest and highest score of a reward model: as stored with the data set, else over the rows of this one.
+
+        Raises:
+            DataError: no row has such a score.
+        """
+        stored = self._table.score_ranges.get(name)
+        if stored is not None:
+            return stored
+        values = [v for i in range(len(self)) for v in self.scores(i).get(name, []) if not math.isnan(v)]
+        if not values:
+            known = sorted({key for i in range(min(len(self), 100)) for key in self.scores(i)})
+            raise DataError(f"{self.name}: expected scores named {name!r}, got {', '.join(known) or 'none'}.")
+        log.info("%s: no stored range of %r; taken from its own %d scores", self.name, name, len(values))
+        return min(values), max(values)
+
     @property
     def name(self) -> str:
         """What was loaded."""
@@ -207,6 +232,33 @@ def load_preferences(
     if not numbers:
         raise DataError(f"{report}. Nothing is left to train on.")
     return PreferenceDataset(table, numbers, judgements, report, score)
+
+
+def store_score_ranges(folder: str | Path) -> dict[str, tuple[float, float]]:
+    """Write the range of every score of a table beside it, so that parts and copies of it keep one scale.
+
+    Args:
+        folder: a folder of Parquet; ``score_ranges.json`` appears in it.
+
+    Returns:
+        (lowest, highest) by reward model.
+
+    Raises:
+        DataError: the folder is no table, or cannot be written to.
+    """
+    table = open_table(Path(folder), split="train", revision=None)
+    ranges: dict[str, tuple[float, float]] = {}
+    for number, cells in enumerate(table.outlines()):
+        own = to_own_columns(cells, f"row {number}")
+        count = own["images"] if isinstance(own.get("images"), int) else len(own.get("images") or [])
+        for name, values in read_scores(own.get("scores"), count, f"row {number}").items():
+            present = [value for value in values if not math.isnan(value)]
+            if present:
+                low, high = ranges.get(name, (math.inf, -math.inf))
+                ranges[name] = (min(low, *present), max(high, *present))
+    with atomic_file(Path(folder) / SCORE_RANGES) as file:
+        file.write(json.dumps(ranges, indent=1).encode())
+    return ranges
 
 
 def require_columns(table: Table) -> None:

@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import datasets
@@ -18,10 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesList, get_data_patterns
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..errors import DataError
 from .images import content_hash
 
+SCORE_RANGES = "score_ranges.json"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PICTURES = {"images", "jpg_0", "jpg_1"}
 Cells = dict[str, Any]
@@ -34,11 +38,13 @@ class Table(ABC):
         name: how messages name the table.
         columns: names of its columns.
         fingerprint: equal only for equal content; None when that is not known.
+        score_ranges: (lowest, highest) score by reward model, as stored with the data set; empty when nothing is.
     """
 
     name: str
     columns: list[str]
     fingerprint: str | None
+    score_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -181,7 +187,11 @@ def open_table(source: Any, *, split: str, revision: str | None) -> Table:
         return _open_hub(str(source), split, revision)
     if revision is not None:
         raise DataError(f"{path} is on this disk, so revision={revision!r} means nothing. Leave it out.")
-    return _open_folder(path, split) if path.is_dir() else _open_file(path, split)
+    table = _open_folder(path, split) if path.is_dir() else _open_file(path, split)
+    stored = (path if path.is_dir() else path.parent) / SCORE_RANGES
+    if stored.is_file():
+        table.score_ranges = _read_ranges(stored)
+    return table
 
 
 def _open_folder(folder: Path, split: str) -> Table:
@@ -255,11 +265,26 @@ def _open_hub(name: str, split: str, revision: str | None) -> Table:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form owner/name). Check the path.")
     try:
-        return ArrowTable(datasets.load_dataset(name, split=split, revision=revision), name)
+        table = ArrowTable(datasets.load_dataset(name, split=split, revision=revision), name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name}: no such file or folder here, and the hub's dataset of that name cannot be loaded: {error}"
         ) from error
+    try:
+        stored = hf_hub_download(name, SCORE_RANGES, repo_type="dataset", revision=revision)
+    except EntryNotFoundError:
+        return table
+    table.score_ranges = _read_ranges(Path(stored))
+    return table
+
+
+def _read_ranges(path: Path) -> dict[str, tuple[float, float]]:
+    """``{name: [lowest, highest]}`` of each reward model."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): (float(low), float(high)) for name, (low, high) in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: expected {{name: [lowest, highest]}} of each score, got {error}.") from error
 
 
 def _read_metadata(path: Path) -> list[Cells]:

@@ -15,13 +15,14 @@ Nothing here is ever computed in half precision: whatever comes in is cast to fp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .conversions import implied_clean, implied_noise
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 LOSS_SPACES = ("default", "native", "epsilon", "x0")
@@ -55,6 +56,7 @@ class NoiseSchedule:
                 "alphas_cumprod must be a list of numbers in [0, 1) that fall from one timestep to the next."
             )
         self.prediction_type = prediction_type
+        self._power = power
         self.alphas_cumprod = power.to(torch.float32)
         # a_t and b_t are rounded from fp64 once: b_t = sqrt(1 - fp32(A_t)) would lose digits at small t.
         self._a, self._b = power.sqrt().to(torch.float32), (1 - power).sqrt().to(torch.float32)
@@ -82,6 +84,20 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas_cumprod)
+
+    def time(self, t: Tensor) -> Tensor:
+        """What the network is told: the timestep itself."""
+        return t
+
+    def levels(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """How much signal and noise there is from the clean picture on, for walks between timesteps.
+
+        Returns:
+            a and b with x = a x0 + b eps, each (T + 1,) in ``dtype`` on the CPU, rounded from fp64. Entry 0 is the
+            clean picture (1, 0), which no timestep is; entry t + 1 is timestep t.
+        """
+        power = torch.cat([torch.ones(1, dtype=torch.float64), self._power])
+        return power.sqrt().to(dtype), (1 - power).sqrt().to(dtype)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a_t x0 + b_t eps.
@@ -144,12 +160,7 @@ class NoiseSchedule:
     def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that the network's output implies; (N, C, h, w) fp32."""
         a, b = self._coefficients(t, x_t)
-        prediction, x_t = prediction.float(), x_t.float()
-        if self.prediction_type == "epsilon":
-            return prediction
-        if self.prediction_type == "sample":
-            return (x_t - a * prediction) / b
-        return a * prediction + b * x_t
+        return implied_noise(self.prediction_type, prediction.float(), x_t.float(), a, b)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The clean latent that the network's output implies; (N, C, h, w) fp32.
@@ -157,12 +168,7 @@ class NoiseSchedule:
         An epsilon model at A_t = 0 implies none; the answer there is 0, the mean of latents.
         """
         a, b = self._coefficients(t, x_t)
-        prediction, x_t = prediction.float(), x_t.float()
-        if self.prediction_type == "sample":
-            return prediction
-        if self.prediction_type == "v_prediction":
-            return a * x_t - b * prediction
-        return torch.where(a > 0, (x_t - b * prediction) / a.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+        return implied_clean(self.prediction_type, prediction.float(), x_t.float(), a, b)
 
     def snr(self, t: Tensor) -> Tensor:
         """(N,) fp32 signal-to-noise ratio A_t / (1 - A_t)."""
@@ -176,41 +182,6 @@ class NoiseSchedule:
     @staticmethod
     def _at(table: Tensor, t: Tensor) -> Tensor:
         return table.to(t.device)[t]
-
-
-def draw_timestep(
-    schedule: NoiseSchedule,
-    *,
-    min_timestep: int = 0,
-    max_timestep: int | None = None,
-    timesteps: Sequence[int] = (),
-    generator: torch.Generator,
-) -> int:
-    """One timestep for one row, uniformly.
-
-    Args:
-        schedule: gives the range.
-        min_timestep: lowest timestep, inclusive.
-        max_timestep: highest timestep, inclusive; None means the schedule's last.
-        timesteps: draw from this list only (SDXL-Turbo: 249, 499, 749, 999), within the two bounds.
-        generator: keyed by the row, so that nothing else moves the draw.
-
-    Raises:
-        ConfigError: bounds outside the schedule, or no timestep between them.
-    """
-    last = schedule.num_timesteps - 1
-    high = last if max_timestep is None else max_timestep
-    if not 0 <= min_timestep <= high <= last:
-        raise ConfigError(
-            f"timesteps must satisfy 0 <= min_timestep <= max_timestep <= {last}; got min_timestep={min_timestep}, "
-            f"max_timestep={max_timestep}."
-        )
-    if not timesteps:
-        return min_timestep + int(torch.randint(high - min_timestep + 1, (), generator=generator))
-    outside = [t for t in timesteps if not min_timestep <= t <= high]
-    if outside:
-        raise ConfigError(f"timesteps lists {outside}, outside min_timestep..max_timestep = {min_timestep}..{high}.")
-    return int(timesteps[int(torch.randint(len(timesteps), (), generator=generator))])
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError
+from ..pipelines import adapter_for
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers saves and looks for
 
@@ -56,7 +57,7 @@ def lora_loaded(pipeline: DiffusionPipeline, file: str | Path, adapter_name: str
     """
     file = Path(file)
     pipe: Any = pipeline
-    denoiser: nn.Module = pipe.unet
+    denoiser: nn.Module = adapter_for(pipeline).denoiser
     try:
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
@@ -101,7 +102,7 @@ def _cause(error: Exception) -> str:
 
 
 def _active(pipe: Any) -> list[str]:
-    return list(pipe.get_active_adapters()) if getattr(pipe.unet, "peft_config", None) else []
+    return list(pipe.get_active_adapters()) if getattr(adapter_for(pipe).denoiser, "peft_config", None) else []
 
 
 def _modules(pipe: Any) -> list[nn.Module]:

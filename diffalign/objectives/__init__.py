@@ -1,7 +1,27 @@
 """Preference objectives: pure functions of matrices of denoising errors. Nothing here knows of models or trainers."""
 
+from .adaptive import AdaptiveBeta
 from .base import LossOutput
+from .convert import CONVENTIONS, convert_beta
 from .dpo import dpo_loss
-from .sft import sft_loss
+from .mapo import mapo_loss
+from .rankdpo import pair_weights, rankdpo_loss
+from .sft import sft_loss, with_sft
+from .smpo import smpo_loss, soft_probability
+from .twopass import error_gradients
 
-__all__ = ["LossOutput", "dpo_loss", "sft_loss"]
+__all__ = [
+    "CONVENTIONS",
+    "AdaptiveBeta",
+    "LossOutput",
+    "convert_beta",
+    "dpo_loss",
+    "error_gradients",
+    "mapo_loss",
+    "pair_weights",
+    "rankdpo_loss",
+    "sft_loss",
+    "smpo_loss",
+    "soft_probability",
+    "with_sft",
+]

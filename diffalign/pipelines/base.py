@@ -1,7 +1,7 @@
 """What a trainer needs of a diffusers pipeline, whatever its family.
 
 A family is one file: subclass :class:`PipelineAdapter`, name the pipeline classes it is for, and say how prompts become
-tensors and how the denoiser is called. Importing the file registers it.
+tensors and how the denoiser is called. Importing the file registers it; docs/pipelines.md shows one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.utils import is_xformers_available
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from ..diffusion import NoiseSchedule
+from ..diffusion import Schedule, schedule_from
 from ..errors import ConfigError
 from .identity import text_identity, vae_identity
+from .names import Original
 from .pixels import check_pixels
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,11 @@ class PipelineAdapter(ABC):
     denoiser_name: ClassVar[str] = "unet"
     text_encoder_names: ClassVar[tuple[str, ...]]
     tokenizer_names: ClassVar[tuple[str, ...]]
+    #: Text encoders that the pipeline itself can do without.
+    optional_encoder_names: ClassVar[tuple[str, ...]] = ()
     default_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    #: kohya's name of the family's LoRA format; None where there is none, and no such file is written.
+    kohya_network: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,12 +68,27 @@ class PipelineAdapter(ABC):
         self.vae_dtype = vae_dtype
         # Kept apart from the VAE, which may leave memory before its scale is last needed.
         self._vae_config: dict[str, Any] | None = None if pipeline.vae is None else dict(pipeline.vae.config)
-        if self.denoiser.config.in_channels != self.latent_channels:
+        self._absent = {name for name in self.optional_encoder_names if getattr(pipeline, name) is None}
+        if self.denoiser_channels("in") != self.latent_channels:
             raise ConfigError(
-                f"the denoiser takes {self.denoiser.config.in_channels} channels but latents have "
+                f"the denoiser takes {self.denoiser_channels('in')} channels but latents have "
                 f"{self.latent_channels}: inpainting and image-conditioned models cannot be aligned yet. Use a "
                 "text-to-image model."
             )
+
+    def configure(self, *, max_prompt_tokens: int | None = None, guidance_embedding: float | None = None) -> None:
+        """Settings that only some families have; None leaves one as it is.
+
+        Args:
+            max_prompt_tokens: how many tokens T5 reads (SD3, FLUX); before anything is encoded.
+            guidance_embedding: what a network with a guidance embedding (FLUX.1-dev) is told.
+
+        Raises:
+            ConfigError: this pipeline has no such setting.
+        """
+        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("guidance_embedding", guidance_embedding)):
+            if value is not None:
+                raise ConfigError(f"{name}={value} has no effect on a {type(self.pipeline).__name__}: leave it out.")
 
     # --- the parts ---------------------------------------------------------------------------------------------
 
@@ -100,7 +121,17 @@ class PipelineAdapter(ABC):
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
-        return int(self._vae_config["latent_channels"] if self._vae_config else self.denoiser.config.out_channels)
+        return int(self._vae_config["latent_channels"] if self._vae_config else self.denoiser_channels("out"))
+
+    def denoiser_channels(self, side: str) -> int:
+        """Channels of the latents that the denoiser takes (``in``) or gives (``out``)."""
+        return int(self.denoiser.config[f"{side}_channels"])
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that the edges of an image must be a multiple of: latent cell x downsampling of the denoiser."""
+        blocks = self.denoiser.config.get("down_block_types") or ("one",)
+        return self.vae_scale_factor * 2 ** (len(blocks) - 1)
 
     @property
     def native_resolution(self) -> int:
@@ -108,9 +139,28 @@ class PipelineAdapter(ABC):
         size = self.denoiser.config.sample_size
         return int(size if isinstance(size, int) else max(size)) * self.vae_scale_factor
 
-    def noise_schedule(self, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
-        """The forward process of this model; see :meth:`NoiseSchedule.from_scheduler`."""
-        return NoiseSchedule.from_scheduler(self.pipeline.scheduler.config, zero_terminal_snr=zero_terminal_snr)
+    @property
+    def prompt_reader(self) -> tuple[PreTrainedTokenizerBase | None, int]:
+        """The tokenizer that reads most of a prompt (None when it is not loaded), and how many tokens it reads."""
+        tokenizer = getattr(self.pipeline, self.tokenizer_names[0])
+        return tokenizer, 0 if tokenizer is None else int(tokenizer.model_max_length)
+
+    @property
+    def missing_encoders(self) -> list[str]:
+        """Names of the VAE and text encoders that are not loaded, without those the pipeline came without by choice."""
+        names = ("vae", *self.text_encoder_names)
+        return [name for name in names if getattr(self.pipeline, name) is None and name not in self._absent]
+
+    def noise_schedule(self, *, zero_terminal_snr: bool = False) -> Schedule:
+        """The forward process of this model; see :func:`diffalign.diffusion.schedule_from`."""
+        return schedule_from(self.pipeline.scheduler.config, zero_terminal_snr=zero_terminal_snr)
+
+    def time_shift(self, latent_shape: tuple[int, int]) -> float:
+        """Factor s of the scheduler's shift sigma' = s sigma / (1 + (s - 1) sigma) for latents (h, w).
+
+        1 for variance-preserving models, which have no such shift.
+        """
+        return 1.0
 
     # --- what each family says ---------------------------------------------------------------------------------
 
@@ -123,6 +173,27 @@ class PipelineAdapter(ABC):
         """Tensors (1, ...) that the pipeline uses as the negative branch when no negative prompt is given."""
 
     @abstractmethod
+    def call_denoiser(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        time: Tensor,
+        conditioning: dict[str, Tensor],
+        sizes: dict[str, Tensor],
+    ) -> Tensor:
+        """The family's part of :meth:`predict`: arguments are on one device and, times and sizes apart, in one dtype.
+
+        Args:
+            denoiser: policy or reference, maybe wrapped.
+            noisy: (N, C, h, w).
+            time: (N,) as :meth:`Schedule.time` gives it.
+            conditioning: what :meth:`encode_prompts` gave, (N, ...).
+            sizes: what :meth:`size_conditioning` gave.
+
+        Returns:
+            (N, C, h, w).
+        """
+
     def size_conditioning(self, size_ids: Tensor) -> dict[str, Tensor]:
         """What the denoiser is told about image sizes.
 
@@ -132,13 +203,26 @@ class PipelineAdapter(ABC):
         Returns:
             Tensors by name; empty for families that are told nothing.
         """
+        return {}
 
-    @abstractmethod
+    def prompt_flags(self) -> dict[str, bool | int]:
+        """Whatever else than encoders and tokenizers decides a prompt's tensors; part of the encoders' identity."""
+        # SDXL's own switch between zeros and the encoded "" changes what the empty prompt becomes
+        return {"zeros": bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))}
+
+    def original_module(self, name: str) -> Original:
+        """Where kohya's tools and ComfyUI look for a module of the denoiser.
+
+        Raises:
+            KeyError: they have no such module.
+        """
+        return Original(name, (name,))
+
     def predict(
         self,
         denoiser: nn.Module,
         noisy: Tensor,
-        t: Tensor,
+        time: Tensor,
         conditioning: dict[str, Tensor],
         size_ids: Tensor,
         *,
@@ -149,7 +233,7 @@ class PipelineAdapter(ABC):
         Args:
             denoiser: policy or reference, maybe wrapped for several processes.
             noisy: (N, C, h, w), on the denoiser's device like all that follows.
-            t: (N,) int64.
+            time: (N,) what the network is told of the timestep: ``schedule.time(t)``.
             conditioning: prompt tensors by name, (N, ...).
             size_ids: as in :meth:`size_conditioning`, always fp32.
             dtype: precision in which ``noisy`` and ``conditioning`` enter; None means that of ``conditioning``.
@@ -157,6 +241,37 @@ class PipelineAdapter(ABC):
         Returns:
             (N, C, h, w) in the model's own space and dtype.
         """
+        dtype = conditioning["prompt_embeds"].dtype if dtype is None else dtype
+        cast = {name: value.to(dtype) for name, value in conditioning.items()}
+        return self.call_denoiser(denoiser, noisy.to(dtype), time, cast, self.size_conditioning(size_ids))
+
+    # --- sampling with the pipeline ----------------------------------------------------------------------------
+
+    def sampling_arguments(
+        self,
+        conditioning: dict[str, Tensor],
+        unconditional: dict[str, Tensor],
+        noise: Tensor,
+        guidance: float,
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's ``__call__`` that differ between families.
+
+        Args:
+            conditioning: prompt tensors by name, (N, ...).
+            unconditional: those of the empty prompt, (1, ...) or (N, ...); used when ``guidance`` is above 1.
+            noise: (N, C, h, w), of the size to draw.
+            guidance: guidance scale.
+        """
+        negative = self._negative(unconditional, len(noise)) if guidance > 1 else {}
+        return {**conditioning, **negative, "latents": noise, "guidance_scale": guidance}
+
+    def sampled_latents(self, output: Tensor, latent_shape: tuple[int, int]) -> Tensor:
+        """Latents (N, C, h, w) from what the pipeline returns for ``output_type="latent"``."""
+        return output
+
+    @staticmethod
+    def _negative(unconditional: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        return {f"negative_{name}": value.expand(count, *value.shape[1:]) for name, value in unconditional.items()}
 
     # --- images ------------------------------------------------------------------------------------------------
 
@@ -199,10 +314,15 @@ class PipelineAdapter(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (N, c, h, w)."""
+        return self.pipeline.image_processor.postprocess(self.decode_pixels(latents), output_type="pil")
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """(N, 3, H, W) fp32, about [-1, 1], of scaled latents (N, c, h, w)."""
         vae = self._vae()
-        shift, scale = self._latent_scale(latents.float())
-        images = vae.decode((latents.float() / scale + shift).to(vae.device, vae.dtype)).sample
-        return self.pipeline.image_processor.postprocess(images.float(), output_type="pil")
+        latents = latents.to(vae.device, torch.float32)
+        shift, scale = self._latent_scale(latents)
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
 
     def _latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(shift, scale), each broadcastable to (N, c, h, w): latent = (vae output - shift) * scale."""
@@ -259,13 +379,13 @@ class PipelineAdapter(ABC):
         """
         if self._identity is None:
             pipeline = self.pipeline
-            tokenizers = [getattr(pipeline, name) for name in self.tokenizer_names]
+            names = zip(self.text_encoder_names, self.tokenizer_names, strict=True)
+            # an encoder the pipeline came without is left out together with its tokenizer, which nobody then asks
+            tokenizers = [getattr(pipeline, tokenizer) for name, tokenizer in names if name not in self._absent]
             complete = len(self.text_encoders) == len([t for t in tokenizers if t is not None]) > 0
-            # SDXL's own switch between zeros and the encoded "" changes what the empty prompt becomes
-            flags = {"zeros": bool(pipeline.config.get("force_zeros_for_empty_prompt", False))}
             self._identity = {
                 "vae": None if pipeline.vae is None else vae_identity(pipeline.vae, self.vae_dtype),
-                "text": text_identity(self.text_encoders, tokenizers, flags) if complete else None,
+                "text": text_identity(self.text_encoders, tokenizers, self.prompt_flags()) if complete else None,
             }
         return dict(self._identity)
 
@@ -286,22 +406,20 @@ class PipelineAdapter(ABC):
         """
         if kind not in ATTENTION:
             raise ConfigError(f"attention must be one of {', '.join(ATTENTION)}; got {kind!r}.")
-        if kind == "sdpa":
-            self.denoiser.set_attn_processor(AttnProcessor2_0())
-        elif kind == "eager":
-            self.denoiser.set_attn_processor(AttnProcessor())
+        advice = "Install it (pip install 'diffalign[xformers]') or use attention=sdpa, as fast on current GPUs."
+        if kind == "xformers" and not is_xformers_available():
+            raise ConfigError(f"attention=xformers needs the package xformers, which is not installed. {advice}")
+        try:
+            self._set_attention(kind)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            raise ConfigError(f"attention={kind} cannot run here: {error} {advice}") from error
+
+    def _set_attention(self, kind: str) -> None:
+        """The family's part of :meth:`set_attention`, for a kind that is known and installed."""
+        if kind == "xformers":
+            self.denoiser.enable_xformers_memory_efficient_attention()
         else:
-            _enable_xformers(self.denoiser)
-
-
-def _enable_xformers(denoiser: Denoiser) -> None:
-    advice = "Install it (pip install 'diffalign[xformers]') or use attention=sdpa, which is as fast on current GPUs."
-    if not is_xformers_available():
-        raise ConfigError(f"attention=xformers needs the package xformers, which is not installed. {advice}")
-    try:
-        denoiser.enable_xformers_memory_efficient_attention()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"xformers is installed but cannot run here: {error} {advice}") from error
+            self.denoiser.set_attn_processor(AttnProcessor2_0() if kind == "sdpa" else AttnProcessor())
 
 
 def adapter_for(pipeline: DiffusionPipeline, *, vae_dtype: torch.dtype = torch.float32) -> PipelineAdapter:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from .base import Denoiser, PipelineAdapter
-from .names import original_name
+from .names import Original
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,10 @@ def save_lora(
 ) -> list[Path]:
     """Write an adapter for diffusers and, beside it, for kohya's tools and ComfyUI.
 
-    ``pipeline.load_lora_weights(folder)`` reads the first file. The second is named as each family is by kohya:
-    SDXL by the original code's blocks, SD by diffusers' (ComfyUI reads both). DoRA has no agreed meaning in that format
-    (readers disagree on which norm divides); its magnitudes are written so that ComfyUI's formula gives our weights.
+    ``pipeline.load_lora_weights(folder)`` reads the first file. The second is named as each family is by kohya: SDXL,
+    SD3 and FLUX by the original code's modules, SD by diffusers' (ComfyUI reads both). diffusers reads it back for SD,
+    SDXL and FLUX (without DoRA there); it has no reader for SD3's. DoRA has no agreed meaning in that format (readers
+    disagree on which norm divides); its magnitudes are written so that ComfyUI's formula gives our weights.
 
     Args:
         adapter: whose denoiser was trained.
@@ -47,7 +49,7 @@ def save_lora(
         adapter_name: peft's name of the adapter.
 
     Returns:
-        The two files.
+        The files: diffusers' first, then kohya's where the family has such a format.
 
     Raises:
         ConfigError: the network carries no such adapter.
@@ -72,12 +74,15 @@ def save_lora(
             **{f"{adapter.denoiser_name}_lora_layers": layers},
             **{f"{adapter.denoiser_name}_lora_adapter_metadata": metadata},
         )
-        tensors, header = kohya_state_dict(adapter, network, adapter_name)
-        save_file(tensors, staging / KOHYA_FILE, metadata=header)
-        for name in (DIFFUSERS_FILE, KOHYA_FILE):
+        written = [DIFFUSERS_FILE]
+        if adapter.kohya_network is not None:
+            tensors, header = kohya_state_dict(adapter, network, adapter_name)
+            save_file(tensors, staging / KOHYA_FILE, metadata=header)
+            written.append(KOHYA_FILE)
+        for name in written:
             _sync(staging / name)
             (staging / name).replace(folder / name)
-    return [folder / DIFFUSERS_FILE, folder / KOHYA_FILE]
+    return [folder / name for name in written]
 
 
 def kohya_state_dict(
@@ -85,13 +90,19 @@ def kohya_state_dict(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's tensors in the kohya/ComfyUI naming, and the file's header.
 
+    Where the original network keeps several of our layers in one matrix (q, k and v of the transformers), their
+    adapters become one of the sum of their ranks, whose ``lora_up`` is block diagonal.
+
     Args:
         adapter: tells the family.
-        network: a UNet with the adapter ``adapter_name``.
+        network: a denoiser with the adapter ``adapter_name``.
         adapter_name: peft's name of the adapter.
 
     Returns:
         ``lora_unet_<module>.lora_down.weight``, ``.lora_up.weight``, ``.alpha`` and, for DoRA, ``.dora_scale``.
+
+    Raises:
+        KeyError: an adapted module does not exist in the original network.
     """
     tensors: dict[str, Tensor] = {}
     layers = _lora_layers(network, adapter_name)
@@ -100,15 +111,27 @@ def kohya_state_dict(
     alphas = {name: float(layer.scaling[adapter_name] * ranks[name]) for name, layer in layers.items()}
     # One alpha for all: diffusers' reader drops those that differ from the most frequent. The rest goes into lora_up.
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    for name, layer in layers.items():
-        key = "lora_unet_" + _kohya_module(adapter, network, name).replace(".", "_")
-        down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        tensors[f"{key}.lora_down.weight"] = _resting(down)
-        tensors[f"{key}.lora_up.weight"] = _resting(up if alphas[name] == alpha else up * (alphas[name] / alpha))
-        tensors[f"{key}.alpha"] = torch.tensor(alpha)
-        if adapter_name in layer.lora_magnitude_vector:
-            tensors[f"{key}.dora_scale"] = _comfyui_magnitude(layer, adapter_name)
-    header = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks.values()))}
+    for original in dict.fromkeys(adapter.original_module(name) for name in layers):
+        key = "lora_unet_" + original.name.replace(".", "_")
+        adapted = [part for part in original.parts if part in layers]
+        rank = max(ranks[part] for part in adapted)
+        halves = [_halves(network, part, layers.get(part), rank, adapter_name) for part in original.parts]
+        # a part of lower rank is filled up with zeros, but keeps its own scale
+        factors = [alphas[part] / alpha * (rank / ranks[part]) if part in layers else 1.0 for part in original.parts]
+        ups = [up if factor == 1.0 else up * factor for (_, up), factor in zip(halves, factors, strict=True)]
+        tensors[f"{key}.lora_down.weight"] = _resting(torch.cat([down for down, _ in halves]))
+        tensors[f"{key}.lora_up.weight"] = _resting(
+            _ordered(ups[0] if len(ups) == 1 else torch.block_diag(*ups), original)
+        )
+        tensors[f"{key}.alpha"] = torch.tensor(alpha * len(original.parts))
+        if any(adapter_name in layers[part].lora_magnitude_vector for part in adapted):
+            scales = [_comfyui_magnitude(network, part, adapter_name) for part in original.parts]
+            tensors[f"{key}.dora_scale"] = _resting(_ordered(torch.cat(scales), original))
+    header = {
+        "format": "pt",
+        "ss_network_module": str(adapter.kohya_network),
+        "ss_network_dim": str(max(ranks.values())),
+    }
     return tensors, header | {"ss_network_alpha": str(alpha)}
 
 
@@ -126,7 +149,7 @@ def save_pipeline(adapter: PipelineAdapter, folder: str | Path, *, denoiser: nn.
     """
     folder = Path(folder)
     pipeline = adapter.pipeline
-    missing = [name for name in ("vae", *adapter.text_encoder_names) if getattr(pipeline, name) is None]
+    missing = adapter.missing_encoders
     if missing:
         raise ConfigError(
             f"cannot save a whole pipeline without its {', '.join(missing)}: they are not loaded. Use offload_encoders "
@@ -161,24 +184,46 @@ def _lora_layers(network: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return {n: m for n, m in network.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
 
 
-def _kohya_module(adapter: PipelineAdapter, network: Denoiser, name: str) -> str:
-    if adapter.family != "sdxl":
-        return name
-    attending = {i for i, kind in enumerate(network.config.up_block_types) if "Attn" in kind}
-    return original_name(name, network.config.layers_per_block, attending)
+def _halves(
+    network: nn.Module, name: str, layer: LoraLayer | None, rank: int, adapter_name: str
+) -> tuple[Tensor, Tensor]:
+    """``lora_down`` and ``lora_up`` of a layer in ``rank`` dimensions; zeros where the layer is not adapted."""
+    if layer is None:
+        out, width = _base_weight(network.get_submodule(name)).shape
+        return torch.zeros(rank, width), torch.zeros(out, rank)
+    down, up = _resting(layer.lora_A[adapter_name].weight), _resting(layer.lora_B[adapter_name].weight)
+    missing = rank - down.shape[0]
+    if not missing:
+        return down, up
+    return nn.functional.pad(down, (0, 0, 0, missing)), nn.functional.pad(up, (0, missing))
 
 
-def _comfyui_magnitude(layer: LoraLayer, adapter_name: str) -> Tensor:
-    """DoRA's magnitude m, restated: ours is W' = m (W + D) / |W + D|, ComfyUI's is W' = scale (W + D) / |W|."""
-    weight = layer.get_base_layer().weight.detach().float()
-    delta = layer.get_delta_weight(adapter_name).detach().float()
+def _ordered(rows: Tensor, original: Original) -> Tensor:
+    """Rows in the original network's order."""
+    return torch.cat(rows.chunk(2)[::-1]) if original.swapped else rows
+
+
+def _base_weight(module: Any) -> Tensor:
+    return (module.get_base_layer() if isinstance(module, LoraLayer) else module).weight.detach()
+
+
+def _comfyui_magnitude(network: nn.Module, name: str, adapter_name: str) -> Tensor:
+    """DoRA's magnitude m, restated: ours is W' = m (W + D) / |W + D|, ComfyUI's is W' = scale (W + D) / |W|.
+
+    A layer without DoRA has scale |W|, which leaves W + D as it is.
+    """
+    module: Any = network.get_submodule(name)
+    weight = _base_weight(module).float()
 
     def norm(w: Tensor) -> Tensor:
         return w.flatten(1).norm(dim=1)
 
-    magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten()
-    scale = magnitude * norm(weight) / norm(weight + delta)
-    return scale.view(-1, *[1] * (weight.ndim - 1)).cpu().contiguous()
+    scale = norm(weight)
+    if isinstance(module, LoraLayer) and adapter_name in module.lora_magnitude_vector:
+        delta = module.get_delta_weight(adapter_name).detach().float()
+        magnitude = module.lora_magnitude_vector[adapter_name].weight.detach().float().flatten()
+        scale = magnitude * scale / norm(weight + delta)
+    return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
 def _resting(tensor: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def vae_identity(vae: ModelMixin, dtype: torch.dtype) -> str:
 
 
 def text_identity(
-    encoders: Sequence[PreTrainedModel], tokenizers: Sequence[PreTrainedTokenizerBase | None], flags: Mapping[str, bool]
+    encoders: Sequence[PreTrainedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase | None],
+    flags: Mapping[str, bool | int],
 ) -> str:
     """Hash of text encoders (weights and configurations), tokenizers and whatever else decides a prompt's tensors."""
     digest = hashlib.blake2b(digest_size=16)

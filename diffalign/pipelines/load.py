@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -70,11 +71,24 @@ def _load_folder_or_hub(name: str, dtype: torch.dtype, revision: str | None, var
             f".safetensors file, a hub id or '{EMBEDDED}'."
         )
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, revision=revision, variant=variant)
+        return DiffusionPipeline.from_pretrained(
+            name, torch_dtype=dtype, revision=revision, variant=variant, **_left_out(folder)
+        )
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         where = "folder" if folder.is_dir() else "model on the hub (a local folder of that name does not exist)"
         wanted = "".join(f", {k} {v}" for k, v in (("revision", revision), ("variant", variant)) if v)
         raise ConfigError(f"cannot load the {where} {name}{wanted}: {_first_line(error)}") from error
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Encoders that a folder was saved without (SD3 without T5): diffusers wants to be told so once more."""
+    if not folder.is_dir():
+        return {}
+    index = json.loads((folder / "model_index.json").read_text())
+    names = (
+        name for name, part in index.items() if name.startswith(("text_encoder", "tokenizer")) and part == [None] * 2
+    )
+    return dict.fromkeys(names)
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
@@ -105,6 +119,12 @@ def _class_of(names: set[str], path: Path) -> type[DiffusionPipeline]:
         return StableDiffusionPipeline
     if any(".lora_" in name or "lora_unet_" in name for name in names):
         raise ConfigError(f"{path} is a LoRA. Load its base model, then pipeline.load_lora_weights({str(path)!r}).")
+    for family, block in (("SD3", "joint_blocks.0."), ("FLUX", "double_blocks.0.")):
+        if any(block in name for name in names):
+            raise ConfigError(
+                f"{path} is an {family} checkpoint in the original layout, which lacks at least the T5. Load {family} "
+                "from a pipeline folder or hub id; a fine-tuned transformer can replace the folder's own there."
+            )
     raise ConfigError(f"{path} is no SD or SDXL checkpoint in the original layout (no text encoder found in it).")
 
 

@@ -7,10 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from ..errors import ConfigError
+from .base import PipelineAdapter
+from .flow import PATCH
+from .flux import FluxAdapter
+from .sd3 import StableDiffusion3Adapter
+from .sdxl import StableDiffusionXLAdapter
 
 GIB = 2**30
 _BYTES = {"no": 4, "fp16": 2, "bf16": 2}
@@ -21,6 +26,17 @@ _STATE = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.05}
 # saves for the full-size UNets (SDXL at 1024: 14.7 GiB here, 12.8 without and 14.5 with LoRA there).
 _KEPT_PER_RESNET = 8
 _KEPT_PER_TRANSFORMER_LAYER = 34
+# The same for each token of a block, in widths of the network: joint blocks, then single ones. Training all weights
+# saves this much in the same trace; LoRA saves 12 in SD3, 19 and 12 in FLUX, so there the estimate is on the safe side.
+_KEPT_PER_SD3_BLOCK = (21, 0)
+_KEPT_PER_FLUX_BLOCK = (25, 21)
+_CLIP_TOKENS = 77
+#: Network, the configuration key that tells it where there is no ``_class_name``, and its family's adapter.
+_NETWORKS: tuple[tuple[type[nn.Module], str, type[PipelineAdapter]], ...] = (
+    (UNet2DConditionModel, "down_block_types", StableDiffusionXLAdapter),
+    (SD3Transformer2DModel, "caption_projection_dim", StableDiffusion3Adapter),
+    (FluxTransformer2DModel, "guidance_embeds", FluxAdapter),
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +65,11 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    unet_config: Mapping[str, Any],
+    config: Mapping[str, Any],
     *,
     adapter: str = "lora",
     lora_rank: int = 16,
-    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets: Sequence[str] | None = None,
     mixed_precision: str = "bf16",
     optimizer: str = "adamw",
     resolution: int = 1024,
@@ -69,9 +85,10 @@ def estimate_memory(
     The encoders are not counted: the trainer moves them off the device once everything is cached.
 
     Args:
-        unet_config: configuration of a ``UNet2DConditionModel``.
-        adapter, lora_rank, lora_targets, mixed_precision, optimizer, gradient_checkpointing, reference_dtype: as in
+        config: configuration of a ``UNet2DConditionModel``, ``SD3Transformer2DModel`` or ``FluxTransformer2DModel``.
+        adapter, lora_rank, mixed_precision, optimizer, gradient_checkpointing, reference_dtype: as in
             :class:`TrainingConfig`.
+        lora_targets: None takes the family's own.
         resolution: edge of a square image in pixels.
         images: images per forward pass: 2 per pair.
         reference: whether the method has one; with an adapter it costs nothing.
@@ -79,7 +96,7 @@ def estimate_memory(
         vae_scale_factor: pixels per latent cell.
 
     Raises:
-        ConfigError: an unknown value, or targets that match nothing.
+        ConfigError: an unknown value or network, or targets that match nothing.
     """
     for name, value, allowed in (
         ("mixed_precision", mixed_precision, _BYTES),
@@ -89,15 +106,16 @@ def estimate_memory(
     ):
         if value not in allowed:
             raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
-    unet = meta_unet(unet_config)
-    base = parameter_count(unet)
+    denoiser = meta_denoiser(config)
+    base = parameter_count(denoiser)
     act = _BYTES[mixed_precision]
     if adapter == "none":
         trained, weights, added = base, 4 * base, 0
         weights += act * base if act < 4 else 0  # autocast keeps half-precision copies of the weights within a step
         copy = 4 if reference_dtype == "same" else 2
     else:
-        trained = lora_parameter_count(unet, lora_rank, lora_targets, dora=adapter == "dora")
+        targets = _family(config).default_lora_targets if lora_targets is None else lora_targets
+        trained = lora_parameter_count(denoiser, lora_rank, targets, dora=adapter == "dora")
         weights, added, copy = act * base, 4 * trained, 0
     return MemoryEstimate(
         weights=weights,
@@ -105,14 +123,30 @@ def estimate_memory(
         gradients=4 * trained,
         optimizer=int(_STATE[optimizer] * trained) + (4 * trained if ema else 0),
         reference=copy * base if reference else 0,
-        activations=_activations(unet_config, resolution // vae_scale_factor, gradient_checkpointing) * images * act,
+        activations=_activations(config, resolution // vae_scale_factor, gradient_checkpointing) * images * act,
     )
 
 
-def meta_unet(unet_config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The network without storage."""
+def meta_denoiser(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a configuration, without storage.
+
+    Raises:
+        ConfigError: no network of a supported family.
+    """
+    network: Any = next(network for network, _, family in _NETWORKS if family is _family(config))
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(unet_config))
+        return network.from_config(dict(config))
+
+
+def _family(config: Mapping[str, Any]) -> type[PipelineAdapter]:
+    said = config.get("_class_name")
+    for network, key, family in _NETWORKS:
+        if said == network.__name__ or (said is None and key in config):
+            return family
+    raise ConfigError(
+        f"memory can be estimated for {', '.join(network.__name__ for network, _, _ in _NETWORKS)}; got the "
+        f"configuration of {said or 'an unknown network'}."
+    )
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -150,6 +184,29 @@ def _activations(config: Mapping[str, Any], side: int, checkpointing: bool) -> i
 
     With checkpointing only the outputs of blocks stay, and one block is recomputed at a time.
     """
+    family = _family(config)
+    if family is StableDiffusion3Adapter:
+        text = _CLIP_TOKENS + family.default_sequence_length
+        return _transformer_activations(config, side, text, _KEPT_PER_SD3_BLOCK, checkpointing)
+    if family is FluxAdapter:
+        text = family.default_sequence_length
+        return _transformer_activations(config, side, text, _KEPT_PER_FLUX_BLOCK, checkpointing)
+    return _unet_activations(config, side, checkpointing)
+
+
+def _transformer_activations(
+    config: Mapping[str, Any], side: int, text: int, kept: tuple[int, int], checkpointing: bool
+) -> int:
+    """All tokens, of image and text, have the same width through all blocks."""
+    joint, single = config["num_layers"], config.get("num_single_layers", 0)
+    size = ((side // PATCH) ** 2 + text) * config["num_attention_heads"] * config["attention_head_dim"]
+    if checkpointing:
+        return size * (joint + single + kept[0])
+    return size * (joint * kept[0] + single * kept[1])
+
+
+def _unet_activations(config: Mapping[str, Any], side: int, checkpointing: bool) -> int:
+    """Levels of falling resolution, each with residual and transformer layers."""
     channels = list(config["block_out_channels"])
     depth = len(channels)
     layers = config.get("layers_per_block", 2)

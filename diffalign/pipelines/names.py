@@ -1,6 +1,7 @@
-"""Names of UNet modules in the original (LDM / SGM) code, which kohya's SDXL files and ComfyUI use.
+"""Names of modules in the original code of a family, which kohya's files and ComfyUI use.
 
-diffusers groups layers by resolution; the original numbers them in one list per half:
+Those of the transformers are in ``transformer_names.py``. For UNets the original is the LDM / SGM code, where
+diffusers' groups by resolution are numbered in one list per half:
 
     diffusers                                       original
     conv_in                                         input_blocks.0.0
@@ -22,6 +23,24 @@ emb_layers.1, conv_shortcut -> skip_connection.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Original:
+    """The module of the original network that holds a diffusers module's weights.
+
+    Args:
+        name: in the original network.
+        parts: the diffusers modules whose outputs are, one below the other, those of the original; one alone where
+            the two networks have the same module.
+        swapped: diffusers keeps the two halves of the outputs the other way round.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    swapped: bool = False
+
 
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",

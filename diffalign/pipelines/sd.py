@@ -17,6 +17,7 @@ class StableDiffusionAdapter(PipelineAdapter):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    kohya_network: ClassVar[str | None] = "networks.lora"
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -34,18 +35,12 @@ class StableDiffusionAdapter(PipelineAdapter):
         )
         return {"prompt_embeds": negative.float().cpu()}
 
-    def size_conditioning(self, size_ids: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def predict(
+    def call_denoiser(
         self,
         denoiser: nn.Module,
         noisy: Tensor,
-        t: Tensor,
+        time: Tensor,
         conditioning: dict[str, Tensor],
-        size_ids: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
+        sizes: dict[str, Tensor],
     ) -> Tensor:
-        context = conditioning["prompt_embeds"].to(dtype)
-        return denoiser(noisy.to(context.dtype), t, encoder_hidden_states=context, return_dict=False)[0]
+        return denoiser(noisy, time, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import PipelineAdapter
+from .names import Original, original_name
 
 
 class StableDiffusionXLAdapter(PipelineAdapter):
@@ -23,6 +24,7 @@ class StableDiffusionXLAdapter(PipelineAdapter):
     pipeline_classes: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer", "tokenizer_2")
+    kohya_network: ClassVar[str | None] = "networks.lora"
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -54,19 +56,24 @@ class StableDiffusionXLAdapter(PipelineAdapter):
             )
         return {"time_ids": size_ids}
 
-    def predict(
+    def call_denoiser(
         self,
         denoiser: nn.Module,
         noisy: Tensor,
-        t: Tensor,
+        time: Tensor,
         conditioning: dict[str, Tensor],
-        size_ids: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
+        sizes: dict[str, Tensor],
     ) -> Tensor:
-        context = conditioning["prompt_embeds"].to(dtype)
-        pooled = conditioning["pooled_prompt_embeds"].to(dtype)
-        added = {"text_embeds": pooled, **self.size_conditioning(size_ids)}
         return denoiser(
-            noisy.to(context.dtype), t, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False
+            noisy,
+            time,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": conditioning["pooled_prompt_embeds"], **sizes},
+            return_dict=False,
         )[0]
+
+    def original_module(self, name: str) -> Original:
+        """The original code's block; kohya's SDXL files are named after it, its SD files after diffusers'."""
+        config = self.denoiser.config
+        attending = {i for i, kind in enumerate(config.up_block_types) if "Attn" in kind}
+        return Original(original_name(name, config.layers_per_block, attending), (name,))

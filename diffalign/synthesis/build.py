@@ -15,6 +15,7 @@ from PIL import Image
 
 from reward_models import RewardModel
 
+from ..data.preferences import store_score_ranges
 from ..data.schema import PreferenceRow, write_preferences
 from ..errors import ConfigError
 from ..randomness import keyed_seed
@@ -125,6 +126,7 @@ def build_preferences(
                 )
 
     write_preferences(rows(), report.folder)
+    store_score_ranges(report.folder)
     report.mean_scores = {name: total / count if count else float("nan") for name, (total, count) in totals.items()}
     if report.set_aside:
         log.warning("%d prompts were set aside: missing scores (rule %s)", len(report.set_aside), missing)

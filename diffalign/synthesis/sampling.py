@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError
+from ..pipelines import PipelineAdapter, adapter_for
 from ..randomness import keyed_seed
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def generate_images(
     """Draw one picture for each (prompt, seed).
 
     Args:
-        pipeline: a Stable Diffusion or SDXL pipeline; left as it was found.
+        pipeline: of a family that has an adapter (docs/pipelines.md); left as it was found.
         prompts: N prompts; repeated ones are encoded once.
         seeds: N seeds; picture i depends on ``prompts[i]`` and ``seeds[i]`` alone (:func:`picture_seed`).
         steps: sampling steps.
@@ -89,94 +90,78 @@ def iterate_images(
     width: int | None = None,
 ) -> Iterator[list[Image.Image]]:
     """:func:`generate_images` batch by batch, for lists whose pictures do not fit in memory."""
-    _check(pipeline, prompts, seeds, steps, batch_size)
-    guided = guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None
-    encoder = _PromptEncoder(pipeline, prompts, guided)
-    scale = pipeline.vae_scale_factor
-    native = pipeline.unet.config.sample_size
-    native_height, native_width = (native, native) if isinstance(native, int) else native
-    height, width = height or native_height * scale, width or native_width * scale
-    shape = (pipeline.unet.config.in_channels, height // scale, width // scale)
-    with _quiet_inference(pipeline):
+    _check(prompts, seeds, steps, batch_size)
+    adapter = adapter_for(pipeline)
+    _check_parts(adapter)
+    encoder = _PromptEncoder(adapter, prompts)
+    cell = adapter.vae_scale_factor
+    height, width = height or adapter.native_resolution, width or adapter.native_resolution
+    shape = (adapter.latent_channels, height // cell, width // cell)
+    denoiser = adapter.denoiser
+    with _quiet_inference(pipeline), torch.inference_mode():
+        empty = adapter.unconditional() if guidance > 1 else {}
+        negative = {name: value.to(denoiser.device, denoiser.dtype) for name, value in empty.items()}
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, min(start + batch_size, len(prompts)))
-            with torch.inference_mode():
-                generators = [
-                    torch.Generator("cpu").manual_seed(picture_seed(prompt, seed))
-                    for prompt, seed in zip(prompts[chosen], seeds[chosen], strict=True)
-                ]
-                conditioning = encoder(chosen)
-                # Drawn in fp32 on the CPU: every device and precision starts from the same noise.
-                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-                latents = pipeline(
-                    **conditioning,
-                    latents=noise.to(conditioning["prompt_embeds"].dtype),
-                    generator=generators,  # stochastic schedulers draw on, each picture from its own
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    height=height,
-                    width=width,
-                    output_type="latent",
-                ).images
-                images = _decode(pipeline, latents)
-            yield images
+            generators = [
+                torch.Generator("cpu").manual_seed(picture_seed(prompt, seed))
+                for prompt, seed in zip(prompts[chosen], seeds[chosen], strict=True)
+            ]
+            # Drawn in fp32 on the CPU: every device and precision starts from the same noise.
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            output = pipeline(
+                **adapter.sampling_arguments(
+                    encoder(chosen), negative, noise.to(denoiser.device, denoiser.dtype), guidance
+                ),
+                generator=generators,  # stochastic schedulers draw on, each picture from its own
+                num_inference_steps=steps,
+                height=height,
+                width=width,
+                output_type="latent",
+            )
+            yield _decode(adapter, adapter.sampled_latents(output.images, shape[1:]))
 
 
 class _PromptEncoder:
     """Encodes each prompt once and forgets it after its last use."""
 
-    def __init__(self, pipeline: Any, prompts: Sequence[str], guided: bool) -> None:
-        self.pipeline, self.prompts, self.guided = pipeline, prompts, guided
+    def __init__(self, adapter: PipelineAdapter, prompts: Sequence[str]) -> None:
+        self.adapter, self.prompts = adapter, prompts
         self.last_use = {prompt: index for index, prompt in enumerate(prompts)}
         self.cache: dict[str, dict[str, Tensor]] = {}
-        self.negative: dict[str, Tensor] | None = None
 
     def __call__(self, chosen: slice) -> dict[str, Tensor]:
-        """Keyword arguments of the pipeline for ``prompts[chosen]``."""
-        batch = self.prompts[chosen]
+        """Tensors (N, ...) of ``prompts[chosen]`` where the denoiser is."""
+        batch, denoiser = self.prompts[chosen], self.adapter.denoiser
         missing = list(dict.fromkeys(prompt for prompt in batch if prompt not in self.cache))
         if missing:
-            positive = self._encode(missing)
+            encoded = self.adapter.encode_prompts(missing)
             for index, prompt in enumerate(missing):
-                self.cache[prompt] = {name: tensor[index] for name, tensor in positive.items()}
+                self.cache[prompt] = {
+                    name: tensor[index].to(denoiser.device, denoiser.dtype) for name, tensor in encoded.items()
+                }
         result = {name: torch.stack([self.cache[prompt][name] for prompt in batch]) for name in self.cache[batch[0]]}
-        if self.negative is not None:
-            result |= {name: tensor.expand(len(batch), *tensor.shape[1:]) for name, tensor in self.negative.items()}
         for prompt in batch:
             if self.last_use[prompt] < chosen.stop:
                 self.cache.pop(prompt, None)
         return result
 
-    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Embeddings by argument name; the first call also takes the pipeline's own negative branch."""
-        first = self.guided and self.negative is None
-        encoded = self.pipeline.encode_prompt(
-            prompts,
-            device=self.pipeline._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=first,
-        )
-        names = ("prompt_embeds", "pooled_prompt_embeds") if len(encoded) == 4 else ("prompt_embeds",)
-        if first:  # (text, negative text[, pooled, negative pooled])
-            self.negative = {f"negative_{n}": v[:1] for n, v in zip(names, encoded[1::2], strict=True)}
-        return dict(zip(names, encoded[0::2], strict=True))
 
-
-def _check(pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> None:
-    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        raise ConfigError(
-            f"expected a StableDiffusionPipeline or StableDiffusionXLPipeline, got {type(pipeline).__name__}."
-        )
+def _check(prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> None:
     if isinstance(prompts, str):
         raise ConfigError("expected a list of prompts, got one string; put it in a list: [prompt].")
     if len(prompts) != len(seeds):
         raise ConfigError(f"expected one seed for each prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
     if steps < 1 or batch_size < 1:
         raise ConfigError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}.")
-    if pipeline.text_encoder is None and getattr(pipeline, "text_encoder_2", None) is None:
-        raise ConfigError("the pipeline has no text encoder; load it whole to draw pictures from prompts.")
-    if pipeline.vae is None:
-        raise ConfigError("the pipeline has no VAE; load it whole to draw pictures.")
+
+
+def _check_parts(adapter: PipelineAdapter) -> None:
+    if adapter.missing_encoders:
+        raise ConfigError(
+            f"the pipeline has no {', '.join(adapter.missing_encoders)} (text encoder or VAE); load it whole to draw "
+            "pictures from prompts."
+        )
 
 
 @contextmanager
@@ -199,21 +184,13 @@ def _quiet_inference(pipeline: Any) -> Iterator[None]:
         yield
 
 
-def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
-    """Latents (N, c, h, w) as the pipeline returns them to N images."""
-    vae = pipeline.vae
-    latents = latents.to(vae.device, torch.float32)
-    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (mean, std))
-        latents = latents * std / vae.config.scaling_factor + mean
-    else:
-        latents = latents / vae.config.scaling_factor
-    pixels = latents.shape[-2] * latents.shape[-1] * pipeline.vae_scale_factor**2
+def _decode(adapter: PipelineAdapter, latents: Tensor) -> list[Image.Image]:
+    """Latents (N, c, h, w) to N images, a few at a time."""
+    pipeline: Any = adapter.pipeline
+    pixels = latents.shape[-2] * latents.shape[-1] * adapter.vae_scale_factor**2
     images: list[Image.Image] = []
     for part in latents.split(max(1, _DECODE_PIXELS // pixels)):
-        decoded = vae.decode(part, return_dict=False)[0]
-        decoded, black = _safe(pipeline, decoded)
+        decoded, black = _safe(pipeline, adapter.decode_pixels(part))
         images += pipeline.image_processor.postprocess(
             decoded, output_type="pil", do_denormalize=[not flagged for flagged in black]
         )

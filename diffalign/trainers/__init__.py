@@ -7,20 +7,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import PreferenceTrainer
-    from .config import DPOConfig, SFTConfig, TrainingConfig
+    from .config import DPOConfig, MaPOConfig, RankDPOConfig, SFTConfig, SmPOConfig, TrainingConfig
     from .dpo import DPOTrainer
+    from .mapo import MaPOTrainer
+    from .rankdpo import RankDPOTrainer
     from .sft import SFTTrainer
+    from .smpo import SmPOTrainer
 
 _HOME = {
     "DPOConfig": "config",
     "DPOTrainer": "dpo",
+    "MaPOConfig": "config",
+    "MaPOTrainer": "mapo",
     "PreferenceTrainer": "base",
+    "RankDPOConfig": "config",
+    "RankDPOTrainer": "rankdpo",
     "SFTConfig": "config",
     "SFTTrainer": "sft",
+    "SmPOConfig": "config",
+    "SmPOTrainer": "smpo",
     "TrainingConfig": "config",
 }
 
-__all__ = ["DPOConfig", "DPOTrainer", "PreferenceTrainer", "SFTConfig", "SFTTrainer", "TrainingConfig"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "MaPOConfig",
+    "MaPOTrainer",
+    "PreferenceTrainer",
+    "RankDPOConfig",
+    "RankDPOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "SmPOConfig",
+    "SmPOTrainer",
+    "TrainingConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

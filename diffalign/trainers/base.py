@@ -1,7 +1,8 @@
 """The training loop that every offline method shares.
 
 A step reads: take the step's rows, noise each image, let reference and policy predict, hand the matrix of squared
-errors to the method's objective, step the optimizer. A method is a subclass with one function, :meth:`compute`.
+errors to the method's objective, step the optimizer. A method is a subclass with one function, :meth:`compute`; the
+other hooks (:meth:`select_examples`, :meth:`noised`, :meth:`after_step`, :meth:`state_dict`) have a default.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,25 +25,25 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import check
-from ..data import EncodedPreferences, PreferenceDataset, load_preferences, select_pairs
+from ..data import EncodedPreferences, Example, PreferenceDataset, curriculum, load_preferences, select_pairs
 from ..errors import CheckpointError, ConfigError, DataError, DivergenceError
-from ..objectives import LossOutput
+from ..objectives import LossOutput, error_gradients
 from ..pipelines import adapter_for, load_pipeline, save_lora, save_pipeline
 from ..randomness import keyed_seed
-from .batches import Batch, Collator, RowStream, micro_batches
-from .checkpoints import find_checkpoint, write_checkpoint
+from .batches import Batch, Collator, Images, RowStream, micro_batches
+from .checkpoints import find_checkpoint, load_trainable, save_trainable, write_checkpoint
 from .config import TrainingConfig
 from .health import HealthMonitor
 from .metrics import MetricAccumulator
 from .model_card import push_to_hub, write_model_card
 from .optimizers import build_optimizer, build_schedule
 from .policy import DTYPES, prepare_policy
-from .reference import AdapterReference, FrozenReference, Reference
+from .precompute import ReferenceErrors
+from .reference import AdapterReference, FrozenReference, InitialReference, Reference
 from .trackers import Trackers
 from .validation import Validation
 
@@ -67,7 +69,6 @@ class PreferenceTrainer(ABC):
 
     method: ClassVar[str]
     config_class: ClassVar[type[TrainingConfig]]
-    uses_reference: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class PreferenceTrainer(ABC):
         self.pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
         self.base_model = base_model or (pipeline if isinstance(pipeline, str) else str(pipeline.name_or_path or ""))
         self.adapter = adapter_for(self.pipeline, vae_dtype=DTYPES[config.vae_dtype])
+        self.adapter.configure(max_prompt_tokens=config.max_prompt_tokens, guidance_embedding=config.guidance_embedding)
         is_loaded = isinstance(train_dataset, PreferenceDataset)
         self.dataset = train_dataset if is_loaded else load_preferences(train_dataset)
         self.examples, self.pair_counts = self.select_examples()
@@ -111,10 +113,31 @@ class PreferenceTrainer(ABC):
     def compute(self, policy_error: Tensor, reference_error: Tensor | None, batch: Batch) -> LossOutput:
         """The objective: errors (B, k), best image first, to per-prompt losses (B,)."""
 
-    def select_examples(self) -> tuple[list, dict[str, int]]:
+    def select_examples(self) -> tuple[list[Example], dict[str, int]]:
         """Which images of which rows are trained on together; pairs unless a method wants lists."""
         config = self.config
         return select_pairs(self.dataset, pairs=config.pairs, min_margin=config.min_margin, ties=config.ties)
+
+    def noised(self, batch: Batch) -> Batch:
+        """The batch with the noise that the method trains on; as drawn unless a method inverts its images."""
+        return batch
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Called with the step's metrics, equal on all processes; returns more of them."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a method must find again when it resumes; plain numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            CheckpointError: there is a state, but this method keeps none.
+        """
+        if state:
+            raise CheckpointError(f"the checkpoint holds {sorted(state)}, which this run does not use.")
 
     # --- preparation ---------------------------------------------------------------------------------------------
 
@@ -134,15 +157,26 @@ class PreferenceTrainer(ABC):
             examples=self.examples,
         )
         self.adapter.offload_encoders()
-        self.buckets = [self.encoded.bucket(example.row) for example in self.examples]
-        self.stream = RowStream(self.buckets, self.global_batch, config.seed)
+        self.buckets = [(*self.encoded.bucket(example.row), len(example.candidates)) for example in self.examples]
+        stages = curriculum(self.examples, config.curriculum_stages) if config.curriculum_stages else ()
+        self.stream = RowStream(
+            self.buckets, self.global_batch, config.seed, stages=stages, total_steps=self.total_steps
+        )
+        if self.schedule.prediction_type != "flow" and config.timestep_density == "default":
+            for name, own in (("density_mean", 0.0), ("density_std", 1.0)):
+                if getattr(config, name) != own:
+                    raise ConfigError(
+                        f"{name}={getattr(config, name)} has no effect: this model's timesteps are drawn uniformly. "
+                        "Set timestep_density=logit_normal, or leave it out."
+                    )
         self.collate = Collator(self.examples, self.encoded, self.adapter, self.schedule, config, accelerator.device)
 
     def _build_models(self) -> None:
         config, accelerator = self.config, self.accelerator
         self.parameters = prepare_policy(self.adapter, config, accelerator.device)
         self.denoiser: nn.Module = self.adapter.denoiser
-        self.reference = self._build_reference() if self.uses_reference else None
+        self.reference = self._build_reference() if self.config.has_reference else None
+        self.precomputed: ReferenceErrors | None = None
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay is not None else None
         optimizer = build_optimizer(self.parameters, config)
         self.lr_schedule = build_schedule(optimizer, config, self.total_steps)
@@ -150,8 +184,12 @@ class PreferenceTrainer(ABC):
         # Not prepared: accelerate's wrapper would advance it once per process.
         accelerator.register_for_checkpointing(self.lr_schedule, *([self.ema] if self.ema else []))
         if accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            accelerator.register_save_state_pre_hook(self._save_trainable)
-            accelerator.register_load_state_pre_hook(self._load_trainable)
+            # Only what is trained, not a frozen base of gigabytes.
+            accelerator.register_save_state_pre_hook(partial(save_trainable, self.denoiser, accelerator))
+            accelerator.register_load_state_pre_hook(partial(load_trainable, self.denoiser))
+        if self.reference is not None and config.precompute_reference is not None:
+            self.precomputed = ReferenceErrors.build(self, config.precompute_reference)
+            self.reference.release()
         self.metrics = MetricAccumulator(num_timesteps=self.schedule.num_timesteps)
         self.health = HealthMonitor()
         self.recent: list[dict[str, float]] = []  # metrics of the steps since the last logged line
@@ -159,6 +197,8 @@ class PreferenceTrainer(ABC):
     def _build_reference(self) -> Reference:
         if self.config.adapter != "none":
             return AdapterReference(self.denoiser)
+        if self.config.precompute_reference is not None:
+            return InitialReference(self.denoiser)
         dtype = self.config.reference_dtype
         return FrozenReference(self.denoiser, None if dtype == "same" else DTYPES[dtype])
 
@@ -227,11 +267,8 @@ class PreferenceTrainer(ABC):
         torch.manual_seed(keyed_seed(config.seed, self.step, accelerator.process_index, "dropout"))
         losses: list[tuple[list[str], Tensor]] = []
         for part in parts:
-            batch = self.collate(part)
-            with nullcontext() if part is parts[-1] else accelerator.no_sync(self.model):
-                out = self.forward(batch)
-                # The gradient is the mean over the global batch: DDP averages over processes, so undo that part.
-                accelerator.backward(out.loss.sum() * (accelerator.num_processes / self.global_batch))
+            batch = self.noised(self.collate(part))
+            out = self._forward_backward(batch, sync=part is parts[-1])
             losses.append((batch.row_ids, out.loss.detach()))
             self.metrics.add({"loss": out.loss.detach(), **out.stats}, batch.timesteps)
         self._require_finite(losses)
@@ -249,31 +286,77 @@ class PreferenceTrainer(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         metrics = self.metrics.reduce(accelerator)
-        return metrics | {"grad_norm": float(norm) if norm is not None else 0.0, "learning_rate": learning_rate}
+        metrics |= {"grad_norm": float(norm) if norm is not None else 0.0, "learning_rate": learning_rate}
+        return metrics | self.after_step(metrics)
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Reference errors (no gradient), then policy errors, then the objective."""
-        reference_error = None
-        if self.reference is not None:
-            with torch.no_grad(), self.reference.use(self.model) as module:
-                reference_error = self.errors(module, batch)
-        policy_error = self.errors(self.model, batch)
-        out = self.compute(policy_error, reference_error, batch)
+    def _forward_backward(self, batch: Batch, *, sync: bool) -> LossOutput:
+        """Objective and gradients of a micro-batch.
+
+        The objective depends on the weights through the matrix of errors alone. So with ``images_per_pass`` the errors
+        are first found without gradients, a few images at a time, and each image's error is then propagated with the
+        objective's derivative as its weight: the same gradient from one more forward pass, in the memory of the part.
+
+        Args:
+            batch: the rows.
+            sync: whether processes exchange gradients after it.
+        """
+        accelerator = self.accelerator
+        # The gradient is the mean over the global batch: DDP averages over processes, so undo that part.
+        scale = accelerator.num_processes / self.global_batch
+        reference_error, images, limit = self.reference_error(batch), batch.images(), self.config.images_per_pass
+        if limit is None or len(images) <= limit:
+            with self._exchange(sync):
+                policy_error = self.errors(self.model, images).view(batch.shape)
+                out = self.compute(policy_error, reference_error, batch)
+                accelerator.backward(out.loss.sum() * scale)
+        else:
+            with torch.no_grad():
+                policy_error = self.errors(self.model, images).view(batch.shape)
+            out, weights = error_gradients(lambda error: self.compute(error, reference_error, batch), policy_error)
+            parts = list(zip(images.split(limit), weights.flatten().split(limit), strict=True))
+            for number, (part, weight) in enumerate(parts, 1):
+                with self._exchange(sync and number == len(parts)):
+                    accelerator.backward((weight * self.errors(self.model, part)).sum() * scale)
         level = {"error/winner": policy_error[:, 0].detach(), "error/loser": policy_error[:, -1].detach()}
         return LossOutput(out.loss, level | out.stats)
 
-    def errors(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Per-image denoising error (B, k), fp32, mean over C, h, w, in the space ``config.loss_space``."""
-        b, k = batch.shape
-        x0, noise = batch.latents.flatten(0, 1), batch.noise.flatten(0, 1)
-        t = batch.timesteps.repeat_interleave(k)
-        conditioning = {name: value.repeat_interleave(k, 0) for name, value in batch.conditioning.items()}
-        noisy = self.schedule.add_noise(x0, noise, t)
+    def _exchange(self, sync: bool) -> AbstractContextManager[None]:
+        return nullcontext() if sync else self.accelerator.no_sync(self.model)
+
+    @torch.no_grad()
+    def reference_error(self, batch: Batch) -> Tensor | None:
+        """The reference's errors (B, k), run or looked up; None for a method without a reference."""
+        if self.precomputed is not None:
+            return self.precomputed.lookup(batch.draws).to(batch.latents.device)
+        if self.reference is None:
+            return None
+        with self.reference.use(self.model) as module:
+            return self.errors(module, batch.images()).view(batch.shape)
+
+    def errors(self, model: nn.Module, images: Images) -> Tensor:
+        """Denoising error of N images, (N,) fp32, mean over C, h, w, in the space ``config.loss_space``."""
+        limit = self.config.images_per_pass
+        if limit is not None and len(images) > limit:
+            return torch.cat([self.errors(model, part) for part in images.split(limit)])
+        noisy = self.schedule.add_noise(images.latents, images.noise, images.timesteps)
+        predicted = self.predict(model, noisy, images)
+        return self.schedule.denoising_error(
+            predicted, images.latents, images.noise, images.timesteps, self.config.loss_space
+        )
+
+    def predict(self, model: nn.Module, noisy: Tensor, images: Images, time: Tensor | None = None) -> Tensor:
+        """Output of a network (N, C, h, w) for noisy latents, told the time of their timesteps (or another one)."""
+        if time is None:
+            time = self.schedule.time(images.timesteps)
         with self.accelerator.autocast():
-            predicted = self.adapter.predict(
-                model, noisy, t, conditioning, batch.size_ids.flatten(0, 1), dtype=DTYPES[self.config.mixed_precision]
+            return self.adapter.predict(
+                model,
+                noisy,
+                time,
+                images.conditioning,
+                images.size_ids,
+                dtype=DTYPES[self.config.mixed_precision],
             )
-        return self.schedule.denoising_error(predicted, x0, noise, t, self.config.loss_space).view(b, k)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -401,7 +484,7 @@ class PreferenceTrainer(ABC):
         self.accelerator.save_state(str(folder), safe_serialization=True)
         if self.accelerator.is_main_process:
             state = {"step": self.step, "identity": self._identity(), "recent": self.recent}
-            state["health"] = self.health.state_dict()
+            state |= {"health": self.health.state_dict(), "method": self.state_dict()}
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
             (folder / "training_config.json").write_text(json.dumps(asdict(self.config), indent=1))
 
@@ -422,6 +505,7 @@ class PreferenceTrainer(ABC):
         self.step = state["step"]
         self.recent = state["recent"]
         self.health.load_state_dict(state["health"])
+        self.load_state_dict(state["method"])
         log.info("continuing from %s", folder)
 
     def _identity(self) -> dict[str, Any]:
@@ -431,22 +515,3 @@ class PreferenceTrainer(ABC):
         base = {"method": self.method, "seed": config.seed, "global_batch": self.global_batch, "data": rows}
         base |= {"adapter": config.adapter, "examples": len(self.examples)}
         return base | {"reference": self.reference.identity} if self.reference is not None else base
-
-    def _save_trainable(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        """Save hook: only what is trained, not a frozen base of gigabytes."""
-        while weights:
-            weights.pop()
-        if self.accelerator.is_main_process:
-            tensors = {n: p.detach().cpu().contiguous() for n, p in self.denoiser.named_parameters() if p.requires_grad}
-            save_file(tensors, Path(folder) / "trainable.safetensors")
-
-    def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        tensors = load_file(Path(folder) / "trainable.safetensors")
-        wanted = {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
-        if tensors.keys() != wanted.keys():
-            odd = sorted(tensors.keys() ^ wanted.keys())[:3]
-            raise CheckpointError(f"{folder} holds other weights than this run trains; they differ in {odd} and more.")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(tensors[name])

@@ -11,7 +11,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..errors import CheckpointError
 
@@ -157,3 +161,30 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_trainable(
+    denoiser: nn.Module, accelerator: Accelerator, models: list[nn.Module], weights: list[dict], folder: str
+) -> None:
+    """A save hook of accelerate's that writes the trained parameters alone, on the main process."""
+    weights.clear()  # what accelerate would have written
+    if accelerator.is_main_process:
+        tensors = {n: p.detach().cpu().contiguous() for n, p in denoiser.named_parameters() if p.requires_grad}
+        save_file(tensors, Path(folder) / "trainable.safetensors")
+
+
+def load_trainable(denoiser: nn.Module, models: list[nn.Module], folder: str) -> None:
+    """The load hook that belongs to :func:`save_trainable`.
+
+    Raises:
+        CheckpointError: the file holds other parameters than are trained.
+    """
+    models.clear()
+    tensors = load_file(Path(folder) / "trainable.safetensors")
+    wanted = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())[:3]
+        raise CheckpointError(f"{folder} holds other weights than this run trains; they differ in {odd} and more.")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+from typing import Any, ClassVar, Literal
 
 
 def option(default: Any, help: str) -> Any:
@@ -20,6 +18,9 @@ def option(default: Any, help: str) -> Any:
 class TrainingConfig:
     """What every method shares."""
 
+    has_reference: ClassVar[bool] = True  # whether the method compares with a reference model
+    takes_pairs: ClassVar[bool] = True  # or whole lists
+
     # Where results go
     output_dir: str = option("out", "Folder of checkpoints, logs, validation images and the final weights.")
     resume: str = option(
@@ -32,6 +33,9 @@ class TrainingConfig:
     max_epochs: float | None = option(None, "Passes over the data; used when max_steps is None (then required).")
     batch_size: int = option(4, "Pairs (or lists) per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
+    images_per_pass: int | None = option(
+        None, "Run this many images at once: the same gradients in less memory, for one more forward pass."
+    )
 
     # Optimizer
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = option(
@@ -51,13 +55,18 @@ class TrainingConfig:
     lora_rank: int = option(16, "Rank of the adapter.")
     lora_alpha: float | None = option(None, "Scale of the adapter; None means equal to the rank.")
     lora_dropout: float = option(0.0, "Dropout inside the adapter while training.")
-    lora_targets: list[str] = option(list(LORA_TARGETS), "Names (suffixes) of the modules that get an adapter.")
+    lora_targets: list[str] = option(
+        [], "Names (suffixes) of the modules that get an adapter; empty takes those usual for the model's family."
+    )
     ema_decay: float | None = option(None, "Decay of the moving average that is validated and saved; None keeps none.")
 
     # Precision and memory
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Precision of weights at rest and of activations.")
     reference_dtype: Literal["same", "bf16", "fp16"] = option(
         "same", "Precision of the frozen copy in full fine-tuning; `same` makes it equal the policy exactly at step 0."
+    )
+    precompute_reference: int | None = option(
+        None, "Find the reference's errors beforehand for this many draws per row; it then leaves memory."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
     attention: Literal["sdpa", "xformers", "eager"] = option("sdpa", "Attention kernel of policy and reference alike.")
@@ -75,6 +84,15 @@ class TrainingConfig:
     )
     min_margin: float = option(0.0, "Drop pairs whose preference differs by less than this.")
     ties: Literal["drop", "soft"] = option("drop", "Ties are dropped (and counted), or kept with probability 1/2.")
+    curriculum_stages: int | None = option(
+        None, "Train in this many stages of equal length, the clearest preferences first; None mixes all."
+    )
+    max_prompt_tokens: int | None = option(
+        None, "Tokens that T5 reads (SD3, FLUX); None takes the pipeline's own. Fewer make a smaller cache."
+    )
+    guidance_embedding: float | None = option(
+        None, "What FLUX-dev's network is told as guidance while training; None means 1, plain conditional velocity."
+    )
     caption_dropout: float = option(
         0.0, "Share of rows trained without their prompt; one draw for all images of a row."
     )
@@ -88,10 +106,18 @@ class TrainingConfig:
     # Noise levels
     min_timestep: int = option(0, "Lowest timestep trained on (inclusive).")
     max_timestep: int | None = option(None, "Highest timestep trained on (inclusive); None means the schedule's last.")
+    timestep_density: Literal["default", "uniform", "logit_normal", "shift"] = option(
+        "default", "How often each timestep is drawn. `default`: uniform, for flow models logit_normal."
+    )
+    density_mean: float = option(0.0, "Mean of logit_normal; above 0 prefers noisy timesteps.")
+    density_std: float = option(1.0, "Standard deviation of logit_normal.")
+    draws_per_row: int | None = option(
+        None, "Return to the same noise and timesteps after this many epochs; None draws anew each epoch."
+    )
     timesteps: list[int] = option([], "Train only on these timesteps, for example a Turbo model's 249, 499, 749, 999.")
     zero_terminal_snr: bool = option(False, "Rescale the schedule to zero terminal SNR before training.")
     loss_space: Literal["default", "native", "epsilon", "x0"] = option(
-        "default", "Space of the squared error. `default`: epsilon for epsilon and v models (beta keeps its meaning)."
+        "default", "Space of the squared error. `default`: epsilon (beta keeps its meaning), for flow models native."
     )
 
     # Checkpoints
@@ -121,8 +147,69 @@ class DPOConfig(TrainingConfig):
 
     beta: float = option(5000.0, "Pull to the reference: logit = -beta/2 x error gap, errors averaged over C, H, W.")
     loss_type: Literal["sigmoid", "hinge", "ipo"] = option("sigmoid", "Function of the logit that is minimised.")
+    label_smoothing: float = option(0.0, "Share of labels taken to be wrong, below 1/2.")
+    smoothing: Literal["conservative", "robust"] = option(
+        "conservative", "What label_smoothing does: cDPO's mixture of both orders, or rDPO's unbiased estimate."
+    )
+    target_gradient_factor: float | None = option(
+        None, "Let beta move so that this is the mean gradient factor, below 1/2; None keeps beta."
+    )
+    sft_weight: float = option(0.0, "Weight of the winner's own error; beta/40 is a tenth of the pull at the start.")
+
+
+@dataclass(kw_only=True)
+class MaPOConfig(TrainingConfig):
+    """Margin-aware preference optimization."""
+
+    has_reference: ClassVar[bool] = False
+
+    variant: Literal["code", "paper"] = option("code", "The authors' program, or the equations of the paper's v2.")
+    margin_weight: float | None = option(None, "`code`: weight of the margin term, called beta there; None means 0.1.")
+    kappa: float | None = option(None, "`code`: sharpness of the score; None means 0.5.")
+    margin_scale: float | None = option(None, "`code`: temperature of the margin; None means 1000.")
+    exponent: float | None = option(None, "`paper`: its beta; None means 128.")
+
+
+@dataclass(kw_only=True)
+class SmPOConfig(TrainingConfig):
+    """SmPO: smoothed preferences with inverted noise."""
+
+    beta: float = option(5000.0, "As in DPO, for a pair of weight 1.")
+    gamma: float = option(10.0, "Weight of a pair: gamma (2p - 1).")
+    score: str | None = option(None, "Reward model whose scores give p; None means hard labels, p = 1.")
+    score_range: list[float] = option([], "Lowest and highest score; empty takes what is stored with the data set.")
+    contradiction: Literal["follow_scores", "undecided", "drop"] = option(
+        "undecided", "A pair whose loser scores higher: trained reversed, with p = 1/2, or left out."
+    )
+    inversion_steps: int = option(10, "Steps of an inversion to the last timestep; 0 trains on random noise.")
+    renoise: int = option(1, "ReNoise iterations per step; 0 is plain DDIM inversion.")
+    inverter: Literal["reference", "policy"] = option(
+        "reference", "Model that inverts. The reference's inversions are cached; the policy's move with it."
+    )
+    sft_weight: float = option(0.0, "Weight of the winner's own error; beta/40 is a tenth of the pull at the start.")
+
+
+@dataclass(kw_only=True)
+class RankDPOConfig(TrainingConfig):
+    """RankDPO: all pairs of a ranked list, weighted by gain and discount."""
+
+    takes_pairs: ClassVar[bool] = False
+
+    beta: float = option(5000.0, "As in DPO.")
+    list_size: int | None = option(None, "Train on this many candidates of a longer list; None takes all.")
+    weighting: Literal["gain_discount", "gain", "none"] = option(
+        "gain_discount", "Weight of a pair; `none` is DPO on all pairs of the list."
+    )
+    gain: Literal["exponential", "linear"] | None = option(None, "2^phi - 1 (None means this) or 2 phi - 1.")
+    log_base: float | None = option(None, "Base of the discount's logarithm; None means 2.")
+    rank_source: Literal["label", "model"] | None = option(
+        None, "Ranks for the discount: from the labels (None means this), or from the implicit rewards."
+    )
+    sft_weight: float = option(0.0, "Weight of the best image's own error.")
 
 
 @dataclass(kw_only=True)
 class SFTConfig(TrainingConfig):
     """Fine-tuning on the winners alone: the control of every preference method."""
+
+    has_reference: ClassVar[bool] = False

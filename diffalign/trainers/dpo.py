@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ..objectives import LossOutput, dpo_loss
+from ..objectives import AdaptiveBeta, LossOutput, dpo_loss, with_sft
 from .base import PreferenceTrainer
 from .batches import Batch
 from .config import DPOConfig
@@ -17,12 +19,37 @@ class DPOTrainer(PreferenceTrainer):
     config_class = DPOConfig
     config: DPOConfig
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        target = self.config.target_gradient_factor
+        self.adaptive = AdaptiveBeta(self.config.beta, target=target) if target is not None else None
+
     def compute(self, policy_error: Tensor, reference_error: Tensor | None, batch: Batch) -> LossOutput:
+        config = self.config
         assert reference_error is not None
-        return dpo_loss(
+        out = dpo_loss(
             policy_error,
             reference_error,
-            beta=self.config.beta,
-            loss_type=self.config.loss_type,
-            probability=batch.probability if self.config.ties == "soft" else None,
+            beta=self.adaptive.beta if self.adaptive else config.beta,
+            loss_type=config.loss_type,
+            probability=batch.probability if config.ties == "soft" else None,
+            label_smoothing=config.label_smoothing,
+            smoothing=config.smoothing,
         )
+        return with_sft(out, policy_error, config.sft_weight) if config.sft_weight else out
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        if self.adaptive is None:
+            return {}
+        used = self.adaptive.beta
+        self.adaptive.update(metrics["gradient_factor"])
+        return {"beta": used}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.adaptive.state_dict() if self.adaptive else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.adaptive is None:
+            super().load_state_dict(state)
+        else:
+            self.adaptive.load_state_dict(state)

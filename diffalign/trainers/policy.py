@@ -39,7 +39,7 @@ def prepare_policy(adapter: PipelineAdapter, config: TrainingConfig, device: tor
         denoiser.to(device, torch.float32).requires_grad_(True)
     else:
         denoiser.to(device, DTYPES[config.mixed_precision])
-        _add_adapter(denoiser, config)
+        _add_adapter(denoiser, config, config.lora_targets or list(adapter.default_lora_targets))
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()
@@ -49,13 +49,13 @@ def prepare_policy(adapter: PipelineAdapter, config: TrainingConfig, device: tor
     return trainable
 
 
-def _add_adapter(denoiser: Denoiser, config: TrainingConfig) -> None:
+def _add_adapter(denoiser: Denoiser, config: TrainingConfig, targets: list[str]) -> None:
     names = [name for name, _ in denoiser.named_modules()]
-    unmatched = [t for t in config.lora_targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:
         raise ConfigError(
-            f"lora_targets {unmatched} match no module of {type(denoiser).__name__}; the attention layers of "
-            "diffusers' UNets are to_q, to_k, to_v and to_out.0."
+            f"lora_targets {unmatched} match no module of {type(denoiser).__name__}. Leave lora_targets out to take "
+            "the family's own, or name modules of print(pipeline)."
         )
     torch_state = torch.get_rng_state()
     torch.manual_seed(config.seed)  # the adapter's random half must not depend on what ran before
@@ -64,7 +64,7 @@ def _add_adapter(denoiser: Denoiser, config: TrainingConfig) -> None:
             r=config.lora_rank,
             lora_alpha=config.lora_alpha if config.lora_alpha is not None else config.lora_rank,
             lora_dropout=config.lora_dropout,
-            target_modules=list(config.lora_targets),
+            target_modules=targets,
             init_lora_weights="gaussian" if config.adapter == "lora" else True,
             use_dora=config.adapter == "dora",
         )

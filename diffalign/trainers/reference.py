@@ -1,4 +1,4 @@
-"""The reference model: the policy with its adapters switched off, or a frozen copy. Its identity never changes."""
+"""The reference model: the policy with its adapters off, a frozen copy, or the policy before its first update."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Reference(ABC):
     def use(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """Context manager that yields the module to call; gradients are the caller's matter."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Give back what memory it holds; it is not used after that."""
+
 
 class AdapterReference(Reference):
     """The policy's own base weights: adapters are off inside the context, and on again after it, whatever happens.
@@ -42,6 +46,9 @@ class AdapterReference(Reference):
         finally:
             self.denoiser.enable_adapters()
 
+    def release(self) -> None:
+        return  # it holds none of its own
+
 
 class FrozenReference(Reference):
     """A copy of the policy as it was at the start.
@@ -60,6 +67,35 @@ class FrozenReference(Reference):
     @contextmanager
     def use(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self.module
+
+    def release(self) -> None:
+        del self.module
+
+
+class InitialReference(Reference):
+    """The policy itself, good for as long as it has not been updated: for errors that are found beforehand.
+
+    Args:
+        denoiser: the unwrapped policy, before its first update.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser: nn.Module | None = denoiser
+        self.identity = weights_hash(denoiser)
+
+    @contextmanager
+    def use(self, policy: nn.Module) -> Iterator[nn.Module]:
+        if self.denoiser is None:
+            raise RuntimeError("the initial policy is no reference any more: its errors were computed beforehand")
+        was_training = self.denoiser.training
+        self.denoiser.eval()
+        try:
+            yield self.denoiser
+        finally:
+            self.denoiser.train(was_training)
+
+    def release(self) -> None:
+        self.denoiser = None
 
 
 def weights_hash(module: nn.Module, *, skip: str | None = None) -> str:

@@ -15,7 +15,6 @@ class SFTTrainer(PreferenceTrainer):
 
     method = "sft"
     config_class = SFTConfig
-    uses_reference = False
 
     def compute(self, policy_error: Tensor, reference_error: Tensor | None, batch: Batch) -> LossOutput:
         return sft_loss(policy_error)

@@ -170,23 +170,18 @@ def draw_validation(
             part = work[start : start + batch_size]
             rows = torch.tensor([row for row, _ in part])
             prompt = {name: value[rows].to(device, dtype) for name, value in conditioning.items()}
-            empty = {
-                f"negative_{name}": value.expand(len(part), *value.shape[1:]).to(device, dtype)
-                for name, value in unconditional.items()
-            }
+            empty = {name: value.to(device, dtype) for name, value in unconditional.items()}
             keys = [(seed, prompts[row], "validation") for row, seed in part]
+            noise = torch.stack([keyed_normal(shape, *key) for key in keys]).to(device, dtype)
             output = pipeline(
-                **prompt,
-                **(empty if guidance > 1 else {}),
-                latents=torch.stack([keyed_normal(shape, *key) for key in keys]).to(device, dtype),
+                **adapter.sampling_arguments(prompt, empty, noise, guidance),
                 generator=[keyed_generator(*key, "sampler") for key in keys],  # for samplers that add noise
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 height=height,
                 width=width,
                 output_type="latent",
             )
-            latents.append(output.images.float())
+            latents.append(adapter.sampled_latents(output.images, shape[1:]).float())
     return _decode(adapter, torch.cat(latents), device, batch_size)
 
 

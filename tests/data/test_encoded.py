@@ -14,7 +14,6 @@ import torch
 from diffalign.data import EncodedPreferences, load_preferences, select_pairs, write_preferences
 from diffalign.data import rows as rows_module
 from diffalign.data.cache import TensorCache
-from diffalign.data.encoded import size_multiple
 from diffalign.data.geometry import apply, plan
 from diffalign.errors import ConfigError, DataError
 from diffalign.pipelines import PipelineAdapter, adapter_for
@@ -99,7 +98,7 @@ def test_an_example_is_what_the_encoders_give(build: Build, adapter: PipelineAda
 
 
 def test_buckets_are_latent_shapes_and_every_row_has_one(build: Build, adapter: PipelineAdapter) -> None:
-    assert size_multiple(adapter) == 16
+    assert adapter.size_multiple == 16
     encoded = build(mixed_rows(), resolution=64)
     shapes = [encoded.bucket(row) for row in range(4)]
     assert shapes[0] == (16, 16) and shapes[1] == (20, 12)

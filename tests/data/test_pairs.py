@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.data.judgement import ranks, share_of_wins
-from diffalign.data.pairs import Example, select_pairs
+from diffalign.data.pairs import Example, curriculum, select_lists, select_pairs
 from diffalign.errors import ConfigError
 
 
@@ -35,7 +35,7 @@ LISTS = Rows([[0.0, 1.0], [0.5, 0.5], [0.2, 1.0, 0.2, 0.6]])
 
 def test_best_and_worst_of_each_row() -> None:
     examples, counts = select_pairs(LISTS)
-    assert examples == [Example(0, (1, 0)), Example(2, (1, 2))]
+    assert examples == [Example(0, (1, 0), preference=(1.0, 0.0)), Example(2, (1, 2), preference=(1.0, 0.2))]
     assert counts == {
         "rows": 3, "pairs": 2, "ties_dropped": 1, "ties_soft": 0, "below_margin": 0, "rows_without_pair": 1,
     }  # fmt: skip
@@ -90,3 +90,23 @@ def test_the_first_candidate_always_has_the_better_rank(values: list[list[int]])
 def test_settings_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         select_pairs(LISTS, **options)
+
+
+def test_lists_are_best_first_and_drop_only_what_teaches_nothing() -> None:
+    lists, counts = select_lists(LISTS)
+    assert [example.candidates for example in lists] == [(1, 0), (1, 3, 0, 2)]
+    assert lists[1].preference == (1.0, 0.6, 0.2, 0.2)
+    assert counts == {"rows": 3, "lists": 2, "ties_dropped": 1, "below_margin": 0}
+    short, _ = select_lists(LISTS, list_size=3)
+    assert [example.candidates for example in short] == [(1, 0), (1, 0, 2)]
+    assert select_lists(LISTS, min_margin=0.9)[1]["below_margin"] == 1
+    with pytest.raises(ConfigError, match="at least two"):
+        select_lists(LISTS, list_size=1)
+
+
+def test_a_curriculum_goes_from_clear_to_close() -> None:
+    examples, _ = select_pairs(Rows([[0.0, 1.0], [0.4, 0.6], [0.0, 0.7], [0.5, 0.6]]))
+    assert curriculum(examples, 2) == [[0, 2], [1, 3]]
+    assert curriculum(examples, 1) == [[0, 2, 1, 3]]
+    with pytest.raises(ConfigError, match="at least as many"):
+        curriculum(examples, 5)

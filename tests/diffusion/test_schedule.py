@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffalign.diffusion import NoiseSchedule, draw_timestep
+from diffalign.diffusion import NoiseSchedule
 from diffalign.errors import ConfigError
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -146,38 +146,6 @@ def test_zero_terminal_snr_is_exact_and_finite():
     eps = schedule(zero_terminal_snr=True)
     assert eps.denoising_error(x0, x0, noise, T, "x0")[-1] == 0
     assert (eps.to_x0(x0, noise, T)[-1] == 0).all()
-
-
-def test_timesteps_are_uniform_within_inclusive_bounds():
-    s = schedule()
-    generator = torch.Generator().manual_seed(0)
-    drawn = {draw_timestep(s, min_timestep=10, max_timestep=14, generator=generator) for _ in range(200)}
-    assert drawn == {10, 11, 12, 13, 14}
-    everything = [draw_timestep(s, generator=generator) for _ in range(4000)]
-    assert min(everything) < 5 and max(everything) > 994
-    assert abs(sum(everything) / 4000 - 499.5) < 20
-    assert draw_timestep(s, min_timestep=999, max_timestep=None, generator=generator) == 999
-
-
-def test_turbo_timesteps_and_the_generator_alone_decide():
-    s = schedule(zero_terminal_snr=True)
-    turbo = [249, 499, 749, 999]
-
-    def draws(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [draw_timestep(s, timesteps=turbo, generator=generator) for _ in range(100)]
-
-    assert set(draws(0)) == set(turbo)
-    assert draws(0) == draws(0) != draws(1)
-
-
-@pytest.mark.parametrize(
-    "bounds",
-    [{"min_timestep": -1}, {"max_timestep": 1000}, {"min_timestep": 5, "max_timestep": 4}, {"timesteps": [249, 1000]}],
-)
-def test_impossible_bounds_are_refused(bounds):
-    with pytest.raises(ConfigError, match="timestep"):
-        draw_timestep(schedule(), **bounds, generator=torch.Generator())
 
 
 def test_what_is_no_vp_process_is_refused():

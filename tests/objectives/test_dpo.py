@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.objectives import dpo_loss
-from diffalign.objectives.dpo import LOSS_TYPES
+from diffalign.objectives.dpo import LOSS_TYPES, SMOOTHINGS
 
 BETA = 5000.0
 
@@ -147,13 +147,109 @@ def test_ipo_has_its_minimum_at_margin_one_half():
     assert policy.grad.abs().max() < 1e-6
 
 
+# --- labels that may be wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_no_smoothing_is_plain_dpo_bit_for_bit(smoothing, loss_type):
+    policy, reference = errors((0.12, 0.1), (0.1, 0.2)), errors((0.11, 0.105), (0.1, 0.1))
+    plain = dpo_loss(policy, reference, loss_type=loss_type).loss
+    assert torch.equal(dpo_loss(policy, reference, loss_type=loss_type, smoothing=smoothing).loss, plain)
+    soft = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    options = {"loss_type": loss_type, "probability": soft}
+    assert torch.equal(
+        dpo_loss(policy, reference, smoothing=smoothing, **options).loss, dpo_loss(policy, reference, **options).loss
+    )
+
+
+@pytest.mark.parametrize("d", [-1e-3, 0.0, 4e-4])
+def test_smoothed_values(d):
+    logit, eps = -0.5 * BETA * d, 0.1
+    right, wrong = math.log1p(math.exp(-logit)), math.log1p(math.exp(logit))
+    policy, reference = gap(d)
+    cdpo = dpo_loss(policy, reference, label_smoothing=eps)
+    assert cdpo.loss.item() == pytest.approx(0.9 * right + 0.1 * wrong, rel=1e-9)
+    rdpo = dpo_loss(policy, reference, label_smoothing=eps, smoothing="robust")
+    assert rdpo.loss.item() == pytest.approx((0.9 * right - 0.1 * wrong) / 0.8, rel=1e-9)
+    assert rdpo.stats.keys() == cdpo.stats.keys()
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_robust_smoothing_is_unbiased_under_flipped_labels(loss_type):
+    policy, reference, eps = errors((0.1203, 0.12)), errors((0.12, 0.1199)), 0.3
+    options = {"beta": 4000.0, "loss_type": loss_type}
+    robust = options | {"label_smoothing": eps, "smoothing": "robust"}
+    kept, flipped = dpo_loss(policy, reference, **robust), dpo_loss(policy.flip(1), reference.flip(1), **robust)
+    mean = (1 - eps) * kept.loss + eps * flipped.loss
+    assert mean.item() == pytest.approx(dpo_loss(policy, reference, **options).loss.item(), rel=1e-9)
+
+
+def test_conservative_smoothing_is_the_mean_over_flipped_labels_and_stops_at_its_margin():
+    policy, reference, eps = errors((0.1203, 0.12)), errors((0.12, 0.1199)), 0.3
+    mean = 0.7 * dpo_loss(policy, reference).loss + 0.3 * dpo_loss(policy.flip(1), reference.flip(1)).loss
+    smoothed = dpo_loss(policy, reference, label_smoothing=eps).loss
+    assert smoothed.item() == pytest.approx(mean.item(), rel=1e-12)
+    for extra, sign in ((-1e-5, 1), (0.0, 0), (1e-5, -1)):  # before, at and beyond log((1 - eps) / eps)
+        policy, reference = gap(-(math.log(0.7 / 0.3) / (0.5 * BETA)) - extra, grad=True)
+        dpo_loss(policy, reference, label_smoothing=eps).loss.sum().backward()
+        winner = policy.grad[0, 0].item()
+        assert winner == pytest.approx(0, abs=1e-8) if sign == 0 else winner * sign > 0
+
+
+@pytest.mark.parametrize(("smoothing", "share"), [("conservative", 0.66), ("robust", 0.75)])
+def test_smoothing_of_a_label_that_is_soft_already(smoothing, share):
+    policy, reference = errors((0.1203, 0.12)), errors((0.12, 0.1199))
+    p = torch.tensor([0.7], dtype=torch.float64)
+    smoothed = dpo_loss(policy, reference, probability=p, label_smoothing=0.1, smoothing=smoothing).loss
+    same = dpo_loss(policy, reference, probability=torch.full_like(p, share)).loss
+    assert smoothed.item() == pytest.approx(same.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [-2e-2, -3e-4, 0.0, 3e-4])
+def test_robust_smoothing_always_pulls_the_right_way(d):
+    policy, reference = gap(d, grad=True)
+    dpo_loss(policy, reference, label_smoothing=0.2, smoothing="robust").loss.sum().backward()
+    winner, loser = policy.grad[0].tolist()
+    assert winner >= 0.5 * BETA * 0.2 / 0.6 * (1 - 1e-9)  # the floor eps / (1 - 2 eps), which never saturates
+    assert loser == pytest.approx(-winner, rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [-3e-4, 0.0, 3e-4])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_smoothed_losses_keep_the_direction_before_their_margin(d, loss_type, smoothing):
+    policy, reference = gap(d, grad=True)
+    dpo_loss(
+        policy, reference, beta=1000.0, loss_type=loss_type, label_smoothing=0.1, smoothing=smoothing
+    ).loss.sum().backward()
+    winner, loser = policy.grad[0].tolist()
+    assert winner > 0 > loser
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_finite_at_extreme_errors(loss_type):
+    policy = torch.tensor([[0.0, 1e4], [1e4, 0.0], [0.0, 0.0]], requires_grad=True)
+    loss = dpo_loss(policy, torch.zeros(3, 2), loss_type=loss_type, label_smoothing=0.1).loss
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(policy.grad).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"policy_error": torch.rand(3, 3)}, r"shape \(B, 2\)"),
         ({"reference_error": torch.rand(2, 2)}, "shape of policy_error"),
         ({"loss_type": "sigmiod"}, "sigmoid, hinge, ipo"),
-        ({"probability": torch.tensor([0.5, 1.5, 0.1])}, r"\[0, 1\]"),
+        ({"probability": torch.tensor([0.5, 1.5, 0.1])}, r"\[0, 1\]; probability\[1\] is 1.5"),
+        ({"probability": torch.tensor([0.5, 0.5, math.nan])}, r"probability\[2\] is nan"),
+        ({"label_smoothing": 0.5}, r"\[0, 0.5\)"),
+        ({"label_smoothing": -0.1}, r"\[0, 0.5\)"),
+        ({"label_smoothing": math.nan}, r"\[0, 0.5\)"),
+        ({"label_smoothing": 0.1, "smoothing": "rdpo"}, "conservative, robust"),
+        ({"beta": 0.0}, "beta must be"),
+        ({"beta": math.inf}, "beta must be"),
         ({"probability": torch.tensor([0.5])}, "shape"),
     ],
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.pipelines import adapter_for, save_lora, save_pipeline
 from diffalign.pipelines.export import DIFFUSERS_FILE, KOHYA_FILE, kohya_state_dict
-from diffalign.pipelines.memory import meta_unet
+from diffalign.pipelines.memory import meta_denoiser
 from diffalign.pipelines.names import original_name
 from tests.pipelines.full_size import SDXL_UNET
 from tests.tiny import tiny_sd, tiny_sdxl
@@ -146,7 +146,7 @@ def test_sdxl_kohya_names_are_those_of_the_original_code(tmp_path):
 
 def test_original_names_of_the_full_size_sdxl_unet():
     """Block numbers as in the published sd_xl_base checkpoint."""
-    unet = meta_unet(SDXL_UNET)
+    unet = meta_denoiser(SDXL_UNET)
     names = {
         name: original_name(name, 2, {0, 1})
         for name, m in unet.named_modules()

@@ -86,7 +86,13 @@ def test_single_files_are_told_apart_by_their_text_encoders(tmp_path):
     path = tmp_path / "x.safetensors"
     assert _class_of({"conditioner.embedders.1.model.ln_final.weight"}, path).__name__ == "StableDiffusionXLPipeline"
     assert _class_of({"cond_stage_model.transformer.x"}, path).__name__ == "StableDiffusionPipeline"
-    for names, message in [({"a.lora_A.weight": 1}, "is a LoRA"), ({"weight": 1}, "no SD or SDXL checkpoint")]:
+    for names, message in [
+        ({"a.lora_A.weight": 1}, "is a LoRA"),
+        ({"weight": 1}, "no SD or SDXL checkpoint"),
+        ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": 1}, "is an SD3 checkpoint.*pipeline folder"),
+        ({"double_blocks.0.img_attn.qkv.weight": 1}, "is an FLUX checkpoint.*pipeline folder"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": 1}, "is a LoRA"),
+    ]:
         save_file({name: torch.zeros(1) for name in names}, path)
         with pytest.raises(ConfigError, match=message):
             load_pipeline(path)

@@ -1,4 +1,4 @@
-"""The true full-size UNets, on the meta device: parameters, LoRA targets, memory."""
+"""The true full-size denoisers, on the meta device: parameters, LoRA targets, memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import torch.nn.functional as F
 from peft import LoraConfig
 
 from diffalign.errors import ConfigError
+from diffalign.pipelines import adapter_for
 from diffalign.pipelines.memory import (
     GIB,
     estimate_memory,
     lora_modules,
     lora_parameter_count,
-    meta_unet,
+    meta_denoiser,
     parameter_count,
 )
-from diffalign.trainers.config import LORA_TARGETS
-from tests.pipelines.full_size import SD15_UNET, SDXL_UNET
-from tests.tiny import tiny_sdxl
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+from tests.pipelines.full_size import FLUX_DEV, SD3_MEDIUM, SD15_UNET, SDXL_UNET
+from tests.tiny import tiny_flux, tiny_sd3, tiny_sdxl
 
 SIZES = {"sdxl": (SDXL_UNET, 2_567_463_684, 560), "sd15": (SD15_UNET, 859_520_964, 128)}
 
@@ -26,7 +28,7 @@ SIZES = {"sdxl": (SDXL_UNET, 2_567_463_684, 560), "sd15": (SD15_UNET, 859_520_96
 @pytest.fixture(scope="module", params=SIZES)
 def full_size(request):
     config, parameters, attention_layers = SIZES[request.param]
-    return request.param, meta_unet(config), parameters, attention_layers
+    return request.param, meta_denoiser(config), parameters, attention_layers
 
 
 def test_published_parameter_counts(full_size):
@@ -81,10 +83,8 @@ def test_activations_grow_with_images_and_resolution_and_shrink_with_checkpointi
     assert estimate_memory(SDXL_UNET, gradient_checkpointing=True).activations < base / 4
 
 
-@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lora", [False, True])
-def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
-    """Traced on the meta device with a fused attention, whose backward needs q, k, v and the output."""
+def traced_bytes(config, inputs, lora_targets, monkeypatch) -> int:
+    """Bytes autograd saves on the meta device with a fused attention; its backward needs q, k, v and the output."""
 
     class FusedAttention(torch.autograd.Function):
         @staticmethod
@@ -97,14 +97,15 @@ def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
         def backward(ctx, gradient):
             raise AssertionError("never called")
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: FusedAttention.apply(q, k, v))
-    config = SIZES[name][0]
-    unet = meta_unet(config)
-    if lora:
-        unet.requires_grad_(False)
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda query, key, value, **_: FusedAttention.apply(query, key, value)
+    )
+    network = meta_denoiser(config)
+    if lora_targets is not None:
+        network.requires_grad_(False)
         with torch.device("meta"):
-            unet.add_adapter(LoraConfig(r=16, target_modules=list(LORA_TARGETS)))
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+            network.add_adapter(LoraConfig(r=16, target_modules=list(lora_targets)))
+    weights = {p.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers())}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor):
@@ -112,17 +113,24 @@ def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
             saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no storage is counted twice
         return tensor
 
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(**inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_near_what_autograd_saves(name, lora, monkeypatch):
+    config = SIZES[name][0]
     side = config["sample_size"]
     with torch.device("meta"):
-        added = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
-        inputs = (
-            torch.empty(2, 4, side, side),
-            torch.zeros(2, dtype=torch.int64),
-            torch.empty(2, 77, config["cross_attention_dim"]),
-        )
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet(*inputs, added_cond_kwargs=added)
-    traced = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        inputs = {
+            "sample": torch.empty(2, 4, side, side),
+            "timestep": torch.zeros(2, dtype=torch.int64),
+            "encoder_hidden_states": torch.empty(2, 77, config["cross_attention_dim"]),
+            "added_cond_kwargs": {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)},
+        }
+    traced = traced_bytes(config, inputs, LORA_TARGETS if lora else None, monkeypatch)
     estimate = estimate_memory(config, resolution=8 * side, images=2, mixed_precision="no").activations
     # One estimate for both: with an adapter the frozen layers save less, so there it errs to the safe side.
     assert 1 / 1.3 < estimate / traced < (1.5 if lora else 1.3)
@@ -139,3 +147,50 @@ def test_unknown_values_are_refused(wrong):
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(ConfigError, match="match no layer"):
         estimate_memory(SD15_UNET, lora_targets=("query",))
+
+
+# --- transformers ----------------------------------------------------------------------------------------------
+
+TRANSFORMERS = {"sd3": (SD3_MEDIUM, 2_028_328_000, 191), "flux": (FLUX_DEV, 11_901_408_320, 342)}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_have_their_published_size(name):
+    config, parameters, layers = TRANSFORMERS[name]
+    network = meta_denoiser(config)
+    assert parameter_count(network) == parameters
+    build = {"sd3": tiny_sd3, "flux": tiny_flux}[name]
+    targets = adapter_for(build()).default_lora_targets
+    assert len(lora_modules(network, targets)) == layers  # SD3's last block has no to_add_out
+    estimate = estimate_memory(config, lora_rank=16)
+    assert estimate.weights == 2 * parameters
+    assert estimate.adapter == 4 * lora_parameter_count(network, 16, targets)
+    assert type(meta_denoiser(build().transformer.config)) is type(network)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_of_transformers_are_near_what_autograd_saves(name, lora, monkeypatch):
+    """With a few of the blocks: all are alike."""
+    flux = name == "flux"
+    config = TRANSFORMERS[name][0] | ({"num_layers": 2, "num_single_layers": 4} if flux else {"num_layers": 4})
+    with torch.device("meta"):
+        inputs = {"timestep": torch.empty(2), "pooled_projections": torch.empty(2, config["pooled_projection_dim"])}
+        if flux:
+            inputs |= {"hidden_states": torch.empty(2, 4096, 64), "encoder_hidden_states": torch.empty(2, 512, 4096)}
+            inputs |= {"img_ids": torch.empty(4096, 3), "txt_ids": torch.empty(512, 3), "guidance": torch.empty(2)}
+        else:
+            inputs |= {"hidden_states": torch.empty(2, 16, 128, 128)}
+            inputs |= {"encoder_hidden_states": torch.empty(2, 333, 4096)}
+    targets = adapter_for((tiny_flux if flux else tiny_sd3)()).default_lora_targets
+    traced = traced_bytes(config, inputs, targets if lora else None, monkeypatch)
+    estimate = estimate_memory(config, mixed_precision="no")
+    assert 1 / 1.3 < estimate.activations / traced < (1.9 if lora else 1.3)
+    checkpointed = estimate_memory(config, mixed_precision="no", gradient_checkpointing=True)
+    assert checkpointed.activations < estimate.activations / 2
+
+
+def test_unknown_networks_are_refused():
+    for config, said in (({"_class_name": "QwenImageTransformer2DModel"}, "QwenImage"), ({}, "an unknown network")):
+        with pytest.raises(ConfigError, match=f"FluxTransformer2DModel; got the configuration of {said}"):
+            estimate_memory(config)
