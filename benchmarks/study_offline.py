@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["dpo", "sft", "shuffled"])
-    parser.add_argument("--prompts", type=int, default=420, help="evaluation prompts an arm and seed")
+    parser.add_argument("--prompts", type=int, default=600, help="evaluation prompts an arm and seed")
     parser.add_argument("--name", default="study-dpo", help="of the two files of results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="units of work at the same time")
     parser.add_argument("--work", nargs=2, metavar=("SEED", "ARM"), help=argparse.SUPPRESS)

@@ -37,9 +37,9 @@ class Settings:
     """
 
     seed: int = 0
-    prompts: int = 256
+    prompts: int = 320
     images_per_prompt: int = 6
-    heldout_prompts: int = 420
+    heldout_prompts: int = 600
     steps: int = 12
     guidance: float = 3.0
     batch_size: int = 32
