@@ -39,6 +39,8 @@ WAYS: list[tuple[str, int, list[float] | None]] = [
 ]
 SHOWN = {0: "DDIM (R = 0)", 1: "R = 1", 3: "R = 2", 4: "R = 4"}  # rows of the picture, by place in WAYS
 PICTURED = (999, 10)
+ERROR_SCALE = 10
+INK = (28, 30, 34)
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,33 @@ def measure(scene: Scene) -> tuple[list[list[str]], dict[int, Tensor]]:
 
 
 def sheet(rows: dict[int, Tensor], columns: int) -> Image.Image:
-    """One row of pictures per way, the originals on top."""
-    side, gap, label = 128, 6, 118
+    """One row of pictures per way, the originals on top; on the right how far each is from its original."""
+    side, gap, label, top = 128, 6, 118, 28
+    original, block = rows[-1], columns * (side + gap)
     names = {-1: "original", **SHOWN}
-    font = ImageFont.load_default(15)
-    page = Image.new("RGB", (label + columns * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    page = Image.new("RGB", (label + 2 * block + 3 * gap, top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(page)
+    pen.text((label, 5), "round trip", INK, font=font)
+    pen.text((label + block + 3 * gap, 5), f"its error, {ERROR_SCALE} times as large", INK, font=font)
     for line, (place, decoded) in enumerate(rows.items()):
-        top = gap + line * (side + gap)
-        pen.text((gap, top + side // 2 - 9), names[place], (28, 30, 34), font=font)
+        y = top + line * (side + gap)
+        pen.text((gap, y + side // 2 - 18), names[place], INK, font=font)
+        if place >= 0:
+            pen.text((gap, y + side // 2 + 4), f"{psnr(decoded, original).mean():.1f} dB", INK, font=small)
         for column in range(columns):
-            pixels = ((decoded[column].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
-            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            page.paste(picture, (label + column * (side + gap), top))
-    return page.quantize(128, dither=Image.Dither.NONE)
+            x = label + column * (side + gap)
+            page.paste(drawn(decoded[column], side), (x, y))
+            if place >= 0:
+                error = (decoded[column] - original[column]).abs() * ERROR_SCALE - 1
+                page.paste(drawn(error, side), (x + block + 3 * gap, y))
+    return page.quantize(256, dither=Image.Dither.NONE)
+
+
+def drawn(pixels: Tensor, side: int) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1], enlarged."""
+    values = ((pixels.clamp(-1, 1).permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return Image.fromarray(values).resize((side, side), Image.Resampling.NEAREST)
 
 
 HEAD = [
@@ -170,7 +185,7 @@ def main() -> None:
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(report(table, args.pictures, args.seed, time.perf_counter() - began))
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows, min(6, args.pictures)).save(args.picture, optimize=True)
+    sheet(rows, min(4, args.pictures)).save(args.picture, optimize=True)
 
 
 if __name__ == "__main__":

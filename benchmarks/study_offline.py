@@ -174,9 +174,7 @@ def markdown(results: dict[str, Any], record: dict[str, Any]) -> str:
     for score, title in zip(SCORES, ("Strict", "Soft"), strict=True):
         lines += [
             "",
-            f"| {title} | "
-            + " | ".join(f"seed {s}" for s in seeds)
-            + f" | base | aligned | pooled | {first} above |",
+            f"| {title} | " + " | ".join(f"seed {s}" for s in seeds) + f" | base | aligned | pooled | {first} above |",
             "|---|" + "---|" * (len(seeds) + 4),
         ]
         for arm, cell in results.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,9 @@ def test_every_method_has_a_trainer_of_its_config() -> None:
 
 
 def test_the_recipes_of_the_readme_are_there() -> None:
-    assert {"shapes-dpo", "sdxl-dpo-lora", "sdxl-dpo-full", "sd15-dpo-full"} <= set(recipes())
+    table = Path(__file__).parents[1] / "README.md"
+    listed = set(re.findall(r"^\| `([a-z0-9-]+)` \|", table.read_text(), re.MULTILINE))
+    assert listed == set(recipes())
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -263,6 +266,19 @@ def test_published_numbers() -> None:
         assert config.batch_size * config.gradient_accumulation_steps * 16 == 2048
         assert config.learning_rate == pytest.approx(1e-8 * 2048)
         assert (config.max_steps, config.beta) == (2000, 5000.0)  # type: ignore[attr-defined]
+
+
+def test_published_numbers_of_the_other_methods() -> None:
+    _, mapo = load_job("sdxl-mapo-lora")
+    assert (mapo.margin_weight, mapo.kappa, mapo.margin_scale, mapo.learning_rate) == (0.1, 0.5, 1000, 1e-5)  # type: ignore[attr-defined]
+    for name, beta in (("sdxl-smpo-full", 5000), ("sd15-smpo-full", 2000)):
+        _, smpo = load_job(name)
+        assert smpo.batch_size * smpo.gradient_accumulation_steps * 8 == 1024
+        assert (smpo.beta, smpo.gamma, smpo.max_steps) == (beta, 10, 200)  # type: ignore[attr-defined]
+        assert smpo.learning_rate == pytest.approx(1e-8 * 1024)
+    _, rank = load_job("sdxl-rankdpo-full")
+    assert rank.batch_size * rank.gradient_accumulation_steps * 8 == 1024
+    assert rank.max_steps == 400
 
 
 def test_help_explains_every_key_under_its_heading() -> None:

@@ -176,7 +176,12 @@ class PreferenceTrainer(ABC):
         self.parameters = prepare_policy(self.adapter, config, accelerator.device)
         self.denoiser: nn.Module = self.adapter.denoiser
         self.reference = self._build_reference() if self.config.has_reference else None
+        self.model = self.denoiser
         self.precomputed: ReferenceErrors | None = None
+        if self.reference is not None and config.precompute_reference is not None:
+            # Before weights are wrapped or sharded: the reference is then an ordinary module on every process.
+            self.precomputed = ReferenceErrors.build(self, config.precompute_reference)
+            self.reference.release()
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay is not None else None
         optimizer = build_optimizer(self.parameters, config)
         self.lr_schedule = build_schedule(optimizer, config, self.total_steps)
@@ -187,9 +192,6 @@ class PreferenceTrainer(ABC):
             # Only what is trained, not a frozen base of gigabytes.
             accelerator.register_save_state_pre_hook(partial(save_trainable, self.denoiser, accelerator))
             accelerator.register_load_state_pre_hook(partial(load_trainable, self.denoiser))
-        if self.reference is not None and config.precompute_reference is not None:
-            self.precomputed = ReferenceErrors.build(self, config.precompute_reference)
-            self.reference.release()
         self.metrics = MetricAccumulator(num_timesteps=self.schedule.num_timesteps)
         self.health = HealthMonitor()
         self.recent: list[dict[str, float]] = []  # metrics of the steps since the last logged line

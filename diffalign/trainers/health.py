@@ -220,6 +220,8 @@ def saturation(curves: Curves, active: bool) -> str | None:
 
 def nothing_learnt(curves: Curves, active: bool) -> str | None:
     """After many steps the policy tells winners from losers no better than a coin."""
+    if not curves.last("error/winner_change"):
+        return None  # without a reference the accuracy holds how hard the images are, and starts anywhere
     count = LONG * curves.window
     accuracy, margin = curves.last("rewards/accuracies", count), curves.last("rewards/margins", count)
     if not accuracy or not margin:
@@ -235,6 +237,8 @@ def nothing_learnt(curves: Curves, active: bool) -> str | None:
 
 def loss_above_start(curves: Curves, active: bool) -> str | None:
     """The loss is higher than that of a policy that learnt nothing: some pairs are confidently wrong."""
+    if not curves.last("error/winner_change"):
+        return None  # without a reference the loss holds how hard the images are
     losses, margins, start = curves.last("loss"), curves.last("rewards/margins"), curves.first_loss
     if not losses or not margins or start is None or not math.isfinite(start):
         return None

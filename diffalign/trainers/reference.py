@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import CheckpointError
+
 
 class Reference(ABC):
     """Gives the module to call for reference predictions, and a hash of its weights."""
@@ -86,7 +88,11 @@ class InitialReference(Reference):
     @contextmanager
     def use(self, policy: nn.Module) -> Iterator[nn.Module]:
         if self.denoiser is None:
-            raise RuntimeError("the initial policy is no reference any more: its errors were computed beforehand")
+            raise CheckpointError(
+                "the weights at the start are needed again, but the policy has moved on: something that was computed "
+                "with them beforehand is gone from the cache. Delete reference-errors.safetensors in output_dir to "
+                "compute all of it anew."
+            )
         was_training = self.denoiser.training
         self.denoiser.eval()
         try:

@@ -80,6 +80,16 @@ def test_the_best_iterate_is_the_one_that_moves_least():
     assert float(found.residual) == pytest.approx(float(b * 0.025 / (a + b * 1.25)))
 
 
+def test_a_plateau_is_no_divergence():
+    """Moves of 1/4, 1/4 and 3/10: the last iterate stays."""
+    schedule, t, x0 = schedule_of(), torch.tensor([80]), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    answers = [1.0, 1.25, 1.5, 1.8]
+    predict = spoiled(schedule, lambda out, n, rows: torch.full_like(out, answers[n]))
+    found = invert(predict, x0, t, schedule, steps=1, renoise=3)
+    a, b = (table[81] for table in schedule.levels(torch.float64))
+    assert not found.fell_back.any() and float(found.latents) == pytest.approx(float(a + b * 1.8))
+
+
 def test_rounding_is_no_divergence():
     """Converged iterates tremble by a few units of the last place; so does a bf16 network."""
     schedule = schedule_of()

@@ -15,9 +15,10 @@ from tests.tiny import tiny_sd, tiny_sdxl
 PAGE = Path(__file__).parents[2] / "docs" / "inversion.md"
 
 
-@pytest.mark.parametrize("pipeline", [tiny_sdxl(), tiny_sd(), tiny_sd(prediction_type="v_prediction")])
-def test_each_row_keeps_its_own_prompt_size_and_target(pipeline):
-    adapter, t = adapter_for(pipeline), torch.tensor([500, 20, 999])
+@pytest.mark.parametrize(("build", "kind"), [(tiny_sdxl, "epsilon"), (tiny_sd, "v_prediction")])
+def test_each_row_keeps_its_own_prompt_size_and_target(build, kind):
+    pipeline = build() if kind == "epsilon" else build(prediction_type=kind)
+    adapter, t = adapter_for(pipeline), torch.tensor([500, 20, 250])
     prompts = adapter.encode_prompts(["a cat", "two dogs", ""])
     sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32], [64, 32, 5, 0, 32, 32], [32, 48, 0, 9, 32, 32]])
     x0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -39,10 +40,11 @@ def test_each_row_keeps_its_own_prompt_size_and_target(pipeline):
     back = denoise(network(everyone), together.latents, t, schedule, steps=4)
     plain = invert(network(everyone), x0, t, schedule, steps=4, renoise=0)
     worse = denoise(network(everyone), plain.latents, t, schedule, steps=4)
-    assert (back - x0).norm() < (worse - x0).norm()
+    assert (back - x0).norm() < 0.5 * (worse - x0).norm()
     assert not together.fell_back.any()
 
 
+@pytest.mark.weights
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -112,3 +112,13 @@ def test_two_processes_equal_one(batch_of_four, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_close(folder, batch_of_four)
     assert_same_metrics(folder, batch_of_four)
+
+
+def test_two_processes_precompute_what_one_does(tmp_path):
+    settings = SAME | {"precompute_reference": 2, "adapter": "none"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, extra in ((one, {"batch_size": 4}), (two, {"batch_size": 2, "processes": 2})):
+        result = run(folder, **settings, **extra)
+        assert result.returncode == 0, result.stderr
+    assert_close(one, two)
+    assert_same_metrics(one, two)

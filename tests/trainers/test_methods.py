@@ -52,7 +52,9 @@ def make(make_trainer, tmp_path):
     def build(method: str, folder: str = "run", pipeline=None, **settings):
         cls, config, own = METHODS[method]
         settings = {"output_dir": str(tmp_path / folder), "adapter": "none", "learning_rate": 1e-3, **own, **settings}
-        return make_trainer(pipeline, settings.pop("dataset", None) or scored_rows(), cls=cls, config=config, **settings)
+        return make_trainer(
+            pipeline, settings.pop("dataset", None) or scored_rows(), cls=cls, config=config, **settings
+        )
 
     return build
 
