@@ -162,8 +162,7 @@ def next_commands(folder: Path) -> list[str]:
     return [
         f"diffalign data check {table}",
         f"diffalign train shapes-dpo dataset={table} output_dir={folder.parent / 'longer'} max_steps=1000",
-        f"diffalign evaluate {folder / 'run'} --prompts shapes:seen "
-        f"--output-dir {folder.parent / 'seen'}",
+        f"diffalign evaluate {folder / 'run'} --prompts shapes:seen --output-dir {folder.parent / 'seen'}",
     ]
 
 

@@ -14,7 +14,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,20 @@ from tqdm.auto import tqdm
 from ..config import check
 from ..data import EncodedPreferences, Example, PreferenceDataset, curriculum, load_preferences, select_pairs
 from ..errors import CheckpointError, ConfigError, DataError, DivergenceError
-from ..objectives import LossOutput, error_gradients
+from ..objectives import LossOutput
 from ..pipelines import adapter_for, load_pipeline, save_lora, save_pipeline
 from ..randomness import keyed_seed
-from .batches import Batch, Collator, Images, RowStream, micro_batches
+from .batches import Batch, Collator, RowStream, micro_batches
 from .checkpoints import find_checkpoint, load_trainable, save_trainable, write_checkpoint
 from .config import TrainingConfig
 from .health import HealthMonitor
 from .metrics import MetricAccumulator
 from .model_card import push_to_hub, write_model_card
 from .optimizers import build_optimizer, build_schedule
+from .passes import Passes
 from .policy import DTYPES, prepare_policy
 from .precompute import ReferenceErrors
-from .reference import AdapterReference, FrozenReference, InitialReference, Reference
+from .reference import build_reference
 from .trackers import Trackers
 from .validation import Validation
 
@@ -162,20 +163,14 @@ class PreferenceTrainer(ABC):
         self.stream = RowStream(
             self.buckets, self.global_batch, config.seed, stages=stages, total_steps=self.total_steps
         )
-        if self.schedule.prediction_type != "flow" and config.timestep_density == "default":
-            for name, own in (("density_mean", 0.0), ("density_std", 1.0)):
-                if getattr(config, name) != own:
-                    raise ConfigError(
-                        f"{name}={getattr(config, name)} has no effect: this model's timesteps are drawn uniformly. "
-                        "Set timestep_density=logit_normal, or leave it out."
-                    )
+        self.passes = Passes(self.adapter, self.schedule, config, accelerator)
         self.collate = Collator(self.examples, self.encoded, self.adapter, self.schedule, config, accelerator.device)
 
     def _build_models(self) -> None:
         config, accelerator = self.config, self.accelerator
         self.parameters = prepare_policy(self.adapter, config, accelerator.device)
         self.denoiser: nn.Module = self.adapter.denoiser
-        self.reference = self._build_reference() if self.config.has_reference else None
+        self.reference = build_reference(self.denoiser, config) if config.has_reference else None
         self.model = self.denoiser
         self.precomputed: ReferenceErrors | None = None
         if self.reference is not None and config.precompute_reference is not None:
@@ -195,14 +190,6 @@ class PreferenceTrainer(ABC):
         self.metrics = MetricAccumulator(num_timesteps=self.schedule.num_timesteps)
         self.health = HealthMonitor()
         self.recent: list[dict[str, float]] = []  # metrics of the steps since the last logged line
-
-    def _build_reference(self) -> Reference:
-        if self.config.adapter != "none":
-            return AdapterReference(self.denoiser)
-        if self.config.precompute_reference is not None:
-            return InitialReference(self.denoiser)
-        dtype = self.config.reference_dtype
-        return FrozenReference(self.denoiser, None if dtype == "same" else DTYPES[dtype])
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -292,38 +279,18 @@ class PreferenceTrainer(ABC):
         return metrics | self.after_step(metrics)
 
     def _forward_backward(self, batch: Batch, *, sync: bool) -> LossOutput:
-        """Objective and gradients of a micro-batch.
-
-        The objective depends on the weights through the matrix of errors alone. So with ``images_per_pass`` the errors
-        are first found without gradients, a few images at a time, and each image's error is then propagated with the
-        objective's derivative as its weight: the same gradient from one more forward pass, in the memory of the part.
-
-        Args:
-            batch: the rows.
-            sync: whether processes exchange gradients after it.
-        """
-        accelerator = self.accelerator
-        # The gradient is the mean over the global batch: DDP averages over processes, so undo that part.
-        scale = accelerator.num_processes / self.global_batch
-        reference_error, images, limit = self.reference_error(batch), batch.images(), self.config.images_per_pass
-        if limit is None or len(images) <= limit:
-            with self._exchange(sync):
-                policy_error = self.errors(self.model, images).view(batch.shape)
-                out = self.compute(policy_error, reference_error, batch)
-                accelerator.backward(out.loss.sum() * scale)
-        else:
-            with torch.no_grad():
-                policy_error = self.errors(self.model, images).view(batch.shape)
-            out, weights = error_gradients(lambda error: self.compute(error, reference_error, batch), policy_error)
-            parts = list(zip(images.split(limit), weights.flatten().split(limit), strict=True))
-            for number, (part, weight) in enumerate(parts, 1):
-                with self._exchange(sync and number == len(parts)):
-                    accelerator.backward((weight * self.errors(self.model, part)).sum() * scale)
-        level = {"error/winner": policy_error[:, 0].detach(), "error/loser": policy_error[:, -1].detach()}
+        """Objective and gradients of a micro-batch; ``sync`` says whether processes exchange gradients after it."""
+        reference_error = self.reference_error(batch)
+        out, policy_error = self.passes.backward(
+            self.model,
+            batch,
+            lambda error: self.compute(error, reference_error, batch),
+            # The gradient is the mean over the global batch: DDP averages over processes, so undo that part.
+            scale=self.accelerator.num_processes / self.global_batch,
+            sync=sync,
+        )
+        level = {"error/winner": policy_error[:, 0], "error/loser": policy_error[:, -1]}
         return LossOutput(out.loss, level | out.stats)
-
-    def _exchange(self, sync: bool) -> AbstractContextManager[None]:
-        return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     @torch.no_grad()
     def reference_error(self, batch: Batch) -> Tensor | None:
@@ -333,32 +300,7 @@ class PreferenceTrainer(ABC):
         if self.reference is None:
             return None
         with self.reference.use(self.model) as module:
-            return self.errors(module, batch.images()).view(batch.shape)
-
-    def errors(self, model: nn.Module, images: Images) -> Tensor:
-        """Denoising error of N images, (N,) fp32, mean over C, h, w, in the space ``config.loss_space``."""
-        limit = self.config.images_per_pass
-        if limit is not None and len(images) > limit:
-            return torch.cat([self.errors(model, part) for part in images.split(limit)])
-        noisy = self.schedule.add_noise(images.latents, images.noise, images.timesteps)
-        predicted = self.predict(model, noisy, images)
-        return self.schedule.denoising_error(
-            predicted, images.latents, images.noise, images.timesteps, self.config.loss_space
-        )
-
-    def predict(self, model: nn.Module, noisy: Tensor, images: Images, time: Tensor | None = None) -> Tensor:
-        """Output of a network (N, C, h, w) for noisy latents, told the time of their timesteps (or another one)."""
-        if time is None:
-            time = self.schedule.time(images.timesteps)
-        with self.accelerator.autocast():
-            return self.adapter.predict(
-                model,
-                noisy,
-                time,
-                images.conditioning,
-                images.size_ids,
-                dtype=DTYPES[self.config.mixed_precision],
-            )
+            return self.passes.errors(module, batch.images()).view(batch.shape)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -382,20 +324,10 @@ class PreferenceTrainer(ABC):
 
     def _prepare_validation(self) -> Validation | None:
         """Draws the base's pictures once, before the first step; a resumed run reads them back."""
-        config = self.config
-        if config.validate_every is None or not self.accelerator.is_main_process:
+        if self.config.validate_every is None or not self.accelerator.is_main_process:
             return None
-        prompts = config.validation_prompts
-        encoded = [self.encoded.prompt(prompt) for prompt in prompts]
-        validation = Validation(
-            self.adapter,
-            prompts,
-            {name: torch.stack([item[name] for item in encoded]) for name in (encoded[0] if encoded else {})},
-            {name: value[None] for name, value in self.encoded.unconditional().items()},
-            self.output_dir,
-            steps=config.validation_steps,
-            guidance=config.validation_guidance,
-            autocast=self.accelerator.autocast,
+        validation = Validation.of_run(
+            self.adapter, self.encoded, self.config, self.output_dir, autocast=self.accelerator.autocast
         )
         validation.prepare(self.denoiser, resumed=self.step > 0)
         return validation

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Schedule, draw_timestep
+from ..errors import ConfigError
 from ..randomness import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
 
 if TYPE_CHECKING:
@@ -192,6 +193,11 @@ class Collator:
         self.row_ids = encoded.row_ids
         own = "logit_normal" if schedule.prediction_type == "flow" else "uniform"
         self.density = own if config.timestep_density == "default" else config.timestep_density
+        if self.density == "uniform" and (config.density_mean, config.density_std) != (0.0, 1.0):
+            raise ConfigError(
+                "density_mean and density_std have no effect: this model's timesteps are drawn uniformly. Set "
+                "timestep_density=logit_normal, or leave them out."
+            )
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
         items = [self._item(draw) for draw in draws]

@@ -7,12 +7,16 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from .policy import DTYPES
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
 
 
 class Reference(ABC):
@@ -102,6 +106,15 @@ class InitialReference(Reference):
 
     def release(self) -> None:
         self.denoiser = None
+
+
+def build_reference(denoiser: nn.Module, config: TrainingConfig) -> Reference:
+    """The reference that a run's settings ask for, from the policy before its first update."""
+    if config.adapter != "none":
+        return AdapterReference(denoiser)
+    if config.precompute_reference is not None:
+        return InitialReference(denoiser)
+    return FrozenReference(denoiser, None if config.reference_dtype == "same" else DTYPES[config.reference_dtype])
 
 
 def weights_hash(module: nn.Module, *, skip: str | None = None) -> str:

@@ -40,6 +40,13 @@ class SmPOTrainer(PreferenceTrainer):
         self.inversions: TensorCache | None = None
         super().__init__(*args, **kwargs)
 
+    def train(self) -> dict[str, Any]:
+        try:
+            return super().train()
+        finally:
+            if self.inversions is not None:
+                self.inversions.flush()
+
     def select_examples(self) -> tuple[list[Example], dict[str, int]]:
         config = self.config
         examples, counts = select_pairs(
@@ -84,7 +91,7 @@ class SmPOTrainer(PreferenceTrainer):
         with self.reference.use(self.model) if self.config.inverter == "reference" else self._still() as module:
 
             def predict(x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
-                return self.predict(module, x, images[rows], time)
+                return self.passes.predict(module, x, images[rows], time)
 
             found = invert(
                 predict,

@@ -19,7 +19,9 @@ from ..randomness import keyed_generator, keyed_normal
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..data import EncodedPreferences
     from ..pipelines import PipelineAdapter
+    from .config import TrainingConfig
 
 MIN_CELL = 256  # pixels; smaller pictures are enlarged so that their labels can be read
 MARGIN = 8
@@ -58,6 +60,29 @@ class Validation:
         self.folder = Path(output_dir) / "validation"
         self.steps, self.guidance, self.autocast = steps, guidance, autocast
         self.base_images: list[Image.Image] = []
+
+    @classmethod
+    def of_run(
+        cls,
+        adapter: PipelineAdapter,
+        encoded: EncodedPreferences,
+        config: TrainingConfig,
+        output_dir: Path,
+        *,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> Validation:
+        """What a run's settings ask for, from its cached embeddings."""
+        prompts = [encoded.prompt(prompt) for prompt in config.validation_prompts]
+        return cls(
+            adapter,
+            config.validation_prompts,
+            {name: torch.stack([item[name] for item in prompts]) for name in prompts[0]},
+            {name: value[None] for name, value in encoded.unconditional().items()},
+            output_dir,
+            steps=config.validation_steps,
+            guidance=config.validation_guidance,
+            autocast=autocast,
+        )
 
     def draw(self, denoiser: nn.Module) -> list[Image.Image]:
         """Pictures of one denoiser, all seeds of the first prompt first."""

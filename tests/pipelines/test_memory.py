@@ -17,11 +17,10 @@ from diffalign.pipelines.memory import (
     meta_denoiser,
     parameter_count,
 )
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 from tests.pipelines.full_size import FLUX_DEV, SD3_MEDIUM, SD15_UNET, SDXL_UNET
 from tests.tiny import tiny_flux, tiny_sd3, tiny_sdxl
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 SIZES = {"sdxl": (SDXL_UNET, 2_567_463_684, 560), "sd15": (SD15_UNET, 859_520_964, 128)}
 
 

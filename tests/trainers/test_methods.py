@@ -63,7 +63,7 @@ def gap(trainer) -> float:
     """Mean error of the best images above that of the worst, on the draws of the first batch."""
     batch = trainer.noised(trainer.collate(trainer.stream.step(0)))
     with torch.no_grad():
-        errors = trainer.errors(trainer.denoiser, batch.images()).view(batch.shape)
+        errors = trainer.passes.errors(trainer.denoiser, batch.images()).view(batch.shape)
     return float((errors[:, 0] - errors[:, -1]).mean())
 
 
