@@ -98,28 +98,29 @@ def iterate_images(
     height, width = height or adapter.native_resolution, width or adapter.native_resolution
     shape = (adapter.latent_channels, height // cell, width // cell)
     denoiser = adapter.denoiser
-    with _quiet_inference(pipeline), torch.inference_mode():
+    with _quiet_inference(pipeline):
         empty = adapter.unconditional() if guidance > 1 else {}
         negative = {name: value.to(denoiser.device, denoiser.dtype) for name, value in empty.items()}
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, min(start + batch_size, len(prompts)))
-            generators = [
-                torch.Generator("cpu").manual_seed(picture_seed(prompt, seed))
-                for prompt, seed in zip(prompts[chosen], seeds[chosen], strict=True)
-            ]
-            # Drawn in fp32 on the CPU: every device and precision starts from the same noise.
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-            output = pipeline(
-                **adapter.sampling_arguments(
-                    encoder(chosen), negative, noise.to(denoiser.device, denoiser.dtype), guidance
-                ),
-                generator=generators,  # stochastic schedulers draw on, each picture from its own
-                num_inference_steps=steps,
-                height=height,
-                width=width,
-                output_type="latent",
-            )
-            yield _decode(adapter, adapter.sampled_latents(output.images, shape[1:]))
+            with torch.inference_mode():  # left before each yield: it would hold in the caller's code too
+                generators = [
+                    torch.Generator("cpu").manual_seed(picture_seed(prompt, seed))
+                    for prompt, seed in zip(prompts[chosen], seeds[chosen], strict=True)
+                ]
+                # Drawn in fp32 on the CPU: every device and precision starts from the same noise.
+                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                noise = noise.to(denoiser.device, denoiser.dtype)
+                output = pipeline(
+                    **adapter.sampling_arguments(encoder(chosen), negative, noise, guidance),
+                    generator=generators,  # stochastic schedulers draw on, each picture from its own
+                    num_inference_steps=steps,
+                    height=height,
+                    width=width,
+                    output_type="latent",
+                )
+                images = _decode(adapter, adapter.sampled_latents(output.images, shape[1:]))
+            yield images
 
 
 class _PromptEncoder:
