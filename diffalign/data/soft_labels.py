@@ -60,8 +60,10 @@ def soften(
         )
     counts = {"score_missing": 0, "contradictions": 0}
     soft: list[Example] = []
+    read, values = -1, None
     for example in examples:
-        values = dataset.scores(example.row).get(score)
+        if example.row != read:  # the pairs of a row follow each other
+            read, values = example.row, dataset.scores(example.row).get(score)
         winner, loser = (values[c] for c in example.candidates) if values is not None else (math.nan, math.nan)
         if math.isnan(winner) or math.isnan(loser):
             counts["score_missing"] += 1

@@ -448,4 +448,6 @@ class PreferenceTrainer(ABC):
         rows = hashlib.blake2b("".join(self.collate.row_ids).encode(), digest_size=8).hexdigest()
         base = {"method": self.method, "seed": config.seed, "global_batch": self.global_batch, "data": rows}
         base |= {"adapter": config.adapter, "examples": len(self.examples)}
+        if config.curriculum_stages:  # the stages divide the length of the run
+            base |= {"curriculum": [config.curriculum_stages, self.total_steps]}
         return base | {"reference": self.reference.identity} if self.reference is not None else base

@@ -176,7 +176,9 @@ class SmPOConfig(TrainingConfig):
 
     beta: float = option(5000.0, "As in DPO, for a pair of weight 1.")
     gamma: float = option(10.0, "Weight of a pair: gamma (2p - 1).")
-    score: str | None = option(None, "Reward model whose scores give p; None means hard labels, p = 1.")
+    score: str | None = option(
+        None, "Reward model whose scores give p; None means hard labels, p = 1: set gamma=1 for DPO's strength."
+    )
     score_range: list[float] = option([], "Lowest and highest score; empty takes what is stored with the data set.")
     contradiction: Literal["follow_scores", "undecided", "drop"] = option(
         "undecided", "A pair whose loser scores higher: trained reversed, with p = 1/2, or left out."

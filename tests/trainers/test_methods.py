@@ -237,6 +237,8 @@ def test_a_curriculum_shows_clear_pairs_first(make):
     assert means[0] > means[1] > means[2]
     assert min(margins[0]) >= max(margins[5])
     trainer.train()
+    with pytest.raises(CheckpointError, match="curriculum"):  # its stages would lie elsewhere
+        make("dpo", pairs="all", curriculum_stages=3, max_steps=9, batch_size=4, resume="latest").train()
 
 
 def test_lists_of_different_length_train_together(make):
