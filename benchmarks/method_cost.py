@@ -91,11 +91,11 @@ def main() -> None:
             )
             trainers[name] = trainer_class(case.method)("shapes", config, train_dataset=rows)
             for _ in range(case.warm_up):
-                trainers[name]._optimizer_step()
+                trainers[name].optimizer_step()
         for _ in range(args.rounds):
             for name, trainer in trainers.items():
                 began = time.perf_counter()
-                trainer._optimizer_step()
+                trainer.optimizer_step()
                 seconds[name].append(time.perf_counter() - began)
     result: dict[str, Any] = {"date": str(date.today()), "torch": torch.__version__, "diffusers": diffusers.__version__}
     result |= {"threads": torch.get_num_threads(), "rounds": args.rounds}

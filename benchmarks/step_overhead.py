@@ -83,7 +83,7 @@ def main() -> None:
                 began = time.perf_counter()
                 bare_step(trainer, batch, optimizer)
                 middle = time.perf_counter()
-                trainer._optimizer_step()
+                trainer.optimizer_step()
                 ended = time.perf_counter()
                 if step >= 2:  # the first two warm up
                     bare.append(middle - began)

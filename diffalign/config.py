@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,11 +24,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import ConfigError
+from .trainers.config import PreferenceConfig
 from .yaml_dialect import SCALARS, Dumper, Loader
 
 if TYPE_CHECKING:
-    from .trainers.base import PreferenceTrainer
     from .trainers.config import TrainingConfig
+    from .trainers.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def load_object(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def trainer_class(method: str) -> type[PreferenceTrainer]:
+def trainer_class(method: str) -> type[TrainingLoop]:
     """The trainer of a method, imported now."""
     return load_object(METHODS[method].trainer)
 
@@ -303,11 +304,7 @@ def _check_range(name: str, value: Any) -> None:
 
 
 def _check_combinations(config: TrainingConfig) -> None:
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    c = config
+    c, require = config, _require
     for name in ("output_dir", "resume", "project_name"):
         require(bool(vars(c)[name].strip()), f"{name} must not be empty.")
     require(
@@ -320,10 +317,6 @@ def _check_combinations(config: TrainingConfig) -> None:
         require(name in TRACKERS, f"there is no tracker {name!r}.{_nearest(name, TRACKERS)} Known: {_or(TRACKERS)}.")
     require(len(set(c.trackers)) == len(c.trackers), f"a tracker is named twice in trackers={c.trackers}.")
     require(
-        c.max_timestep is None or c.min_timestep <= c.max_timestep,
-        f"min_timestep={c.min_timestep} must not be above max_timestep={c.max_timestep}.",
-    )
-    require(
         c.validate_every is None or bool(c.validation_prompts),
         f"validate_every={c.validate_every} needs validation_prompts; give a list of prompts, or validate_every=null.",
     )
@@ -331,32 +324,46 @@ def _check_combinations(config: TrainingConfig) -> None:
         c.adapter != "none" or c.reference_dtype == "same" or c.mixed_precision != "no",
         f"reference_dtype={c.reference_dtype} needs autocast: set mixed_precision, or reference_dtype=same.",
     )
-    require(
+    if isinstance(c, PreferenceConfig):
+        _check_preference_combinations(c)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_preference_combinations(c: PreferenceConfig) -> None:
+    _require(
+        c.max_timestep is None or c.min_timestep <= c.max_timestep,
+        f"min_timestep={c.min_timestep} must not be above max_timestep={c.max_timestep}.",
+    )
+    _require(
         c.ties == "drop" or c.min_margin == 0,
         f"ties=soft keeps ties, min_margin={c.min_margin} drops them: choose min_margin=0 or ties=drop.",
     )
-    require(
+    _require(
         c.images_per_pass is None or c.lora_dropout == 0,
         f"images_per_pass={c.images_per_pass} runs each image twice, and lora_dropout={c.lora_dropout} would differ "
         "between the two: set lora_dropout=0.",
     )
-    require(
+    _require(
         c.precompute_reference is None or c.draws_per_row in (None, c.precompute_reference),
         f"precompute_reference={c.precompute_reference} is a number of draws per row too: leave draws_per_row out.",
     )
-    require(
+    _require(
         c.precompute_reference is None or c.has_reference,
         f"precompute_reference={c.precompute_reference}, but this method compares with no reference model: leave it "
         "out.",
     )
     inverter = getattr(c, "inverter", None)
-    require(
+    _require(
         c.precompute_reference is None or inverter != "policy",
         f"precompute_reference={c.precompute_reference} needs noise that stays the same, but with inverter=policy it "
         "moves with the policy: use inverter=reference.",
     )
     score_range = getattr(c, "score_range", [])
-    require(
+    _require(
         not score_range or (len(score_range) == 2 and score_range[0] < score_range[1]),
         f"score_range must be [lowest, highest]; got {score_range}.",
     )
@@ -369,10 +376,10 @@ def _check_idle(config: TrainingConfig) -> None:
         (c.adapter == "none", "adapter=none", ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets"]),
         (c.adapter != "none", f"adapter={c.adapter} (its reference is the base itself)", ["reference_dtype"]),
         (not c.has_reference, "a method without a reference", ["reference_dtype", "ties"]),
-        (c.precompute_reference is not None, "precompute_reference (nothing is copied)", ["reference_dtype"]),
-        (not c.takes_pairs, "a method on lists", ["pairs", "ties"]),
+        (own.get("precompute_reference") is not None, "precompute_reference (nothing is copied)", ["reference_dtype"]),
+        (not getattr(c, "takes_pairs", True), "a method on lists", ["pairs", "ties"]),
         (
-            c.timestep_density not in ("default", "logit_normal"),
+            own.get("timestep_density") not in (None, "default", "logit_normal"),
             "this timestep_density",
             ["density_mean", "density_std"],
         ),
@@ -385,7 +392,7 @@ def _check_idle(config: TrainingConfig) -> None:
         (own.get("weighting") == "gain", "weighting=gain", ["log_base", "rank_source"]),
         (c.optimizer == "adafactor", "optimizer=adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
         (c.lr_schedule == "constant", "lr_schedule=constant (use constant_with_warmup)", ["warmup_steps"]),
-        (bool(c.timesteps), "a list of timesteps", ["min_timestep", "max_timestep"]),
+        (bool(own.get("timesteps")), "a list of timesteps", ["min_timestep", "max_timestep"]),
         (c.validate_every is None, "validate_every=null", ["validation_prompts"]),
         (not c.push_to_hub, "push_to_hub=false", ["hub_model_id", "hub_private"]),
     ]
@@ -424,17 +431,26 @@ def check_installed(config: TrainingConfig) -> None:
 def describe() -> str:
     """Every key with type, default and meaning, under the headings of the dataclasses' own comments."""
     blocks = [_describe(Job, set())]
-    shared: set[str] = set()
-    for name, method in METHODS.items():
-        cls = load_object(method.config)
-        if not shared:
-            base = cls.__mro__[1]
-            blocks.append(_describe(base, set()))
-            shared = set(_fields(base))
+    classes = {name: load_object(method.config) for name, method in METHODS.items()}
+    bases = dict.fromkeys(base for cls in classes.values() for base in _config_bases(cls))
+    for base in sorted(bases, key=lambda base: len(base.__mro__)):
+        users = [name for name, cls in classes.items() if issubclass(cls, base)]
+        title = "" if len(users) == len(classes) else f"Shared by {', '.join(users)}\n\n"
+        blocks.append(title + _describe(base, _inherited(base)))
+    for name, cls in classes.items():
         summary = (inspect.getdoc(cls) or "").splitlines()[0].rstrip(".")
-        own = _describe(cls, shared)
+        own = _describe(cls, _inherited(cls))
         blocks.append(f"Method {name}: {summary}\n" + (own or "  (no keys of its own)\n"))
     return "\n".join(blocks)
+
+
+def _config_bases(cls: type) -> list[type]:
+    """The dataclasses that a settings class inherits from."""
+    return [base for base in cls.__mro__[1:] if is_dataclass(base)]
+
+
+def _inherited(cls: type) -> set[str]:
+    return {name for base in _config_bases(cls) for name in _fields(base)}
 
 
 def _describe(cls: type, skip: set[str]) -> str:

@@ -126,7 +126,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         seconds, metrics = [], {}
         for _ in range(args.warmup + args.steps):
             started = time.perf_counter()
-            metrics = trainer._optimizer_step()  # one step of train(), without logs and checkpoints
+            metrics = trainer.optimizer_step()  # one step of train(), without logs and checkpoints
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

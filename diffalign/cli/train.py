@@ -72,11 +72,11 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
 
     check_installed(config)
     check_torch_pair()
-    from ..data import load_preferences
     from ..pipelines import load_pipeline
 
-    # The table first: it is read in seconds, a large model in minutes.
-    dataset = load_preferences(
+    trainer_type = trainer_class(job.method)
+    # The data first: they are read in seconds, a large model in minutes.
+    dataset = trainer_type.load_dataset(
         job.dataset,
         split=job.dataset_split,
         revision=job.dataset_revision,
@@ -84,7 +84,7 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
         bad_rows=job.bad_rows,
     )
     pipeline = load_pipeline(job.model, revision=job.model_revision, variant=job.model_variant, config=job.model_config)
-    trainer = trainer_class(job.method)(pipeline, config, train_dataset=dataset, base_model=job.model)
+    trainer = trainer_type(pipeline, config, train_dataset=dataset, base_model=job.model)
     if trainer.accelerator.is_main_process:
         trainer.output_dir.mkdir(parents=True, exist_ok=True)
         (trainer.output_dir / "config.yaml").write_text(dump(job, config), encoding="utf-8")

@@ -30,7 +30,7 @@ from .rows import RowIndex, index_rows, prompt_hash
 
 if TYPE_CHECKING:
     from ..pipelines import PipelineAdapter
-    from ..trainers.config import TrainingConfig
+    from ..trainers.config import PreferenceConfig
 
 
 class EncodedPreferences:
@@ -69,7 +69,7 @@ class EncodedPreferences:
         cls,
         dataset: PreferenceDataset,
         adapter: PipelineAdapter,
-        config: TrainingConfig,
+        config: PreferenceConfig,
         *,
         folder: str | Path,
         process_index: int = 0,
@@ -170,7 +170,7 @@ class EncodedPreferences:
 
 
 def _planner(
-    dataset: PreferenceDataset, index: RowIndex, adapter: PipelineAdapter, config: TrainingConfig
+    dataset: PreferenceDataset, index: RowIndex, adapter: PipelineAdapter, config: PreferenceConfig
 ) -> Callable[[int], Geometry]:
     resolution = adapter.native_resolution if config.resolution is None else config.resolution
     multiple, cell = adapter.size_multiple, adapter.vae_scale_factor
@@ -193,7 +193,7 @@ def _planner(
     return geometry
 
 
-def _open_caches(folder: Path, adapter: PipelineAdapter, config: TrainingConfig) -> tuple[TensorCache, TensorCache]:
+def _open_caches(folder: Path, adapter: PipelineAdapter, config: PreferenceConfig) -> tuple[TensorCache, TensorCache]:
     identity = adapter.encoder_identity()
     latents = _open(folder, "latents", identity["vae"], config.cache_dtype, "the VAE")
     prompts = _open(folder, "prompts", identity["text"], adapter.family, "the text encoders")

@@ -22,7 +22,7 @@ from .rows import RowIndex, prompt_hash, short_hash
 
 if TYPE_CHECKING:
     from ..pipelines import PipelineAdapter
-    from ..trainers.config import TrainingConfig
+    from ..trainers.config import PreferenceConfig
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def fill_latents(
     geometry: Callable[[int], Geometry],
     dataset: PreferenceDataset,
     adapter: PipelineAdapter,
-    config: TrainingConfig,
+    config: PreferenceConfig,
     chosen: dict[int, list[int]],
     share: Share,
     device: torch.device | str,
@@ -150,7 +150,7 @@ def fill_prompts(
     index: RowIndex,
     dataset: PreferenceDataset,
     adapter: PipelineAdapter,
-    config: TrainingConfig,
+    config: PreferenceConfig,
     chosen: dict[int, list[int]],
     extra_prompts: Sequence[str],
     share: Share,

@@ -22,7 +22,7 @@ from ..randomness import keyed_generator, keyed_normal, keyed_permutation, keyed
 if TYPE_CHECKING:
     from ..data import EncodedPreferences, Example
     from ..pipelines import PipelineAdapter
-    from .config import TrainingConfig
+    from .config import PreferenceConfig
 
 Shape = tuple[int, ...]
 
@@ -184,7 +184,7 @@ class Collator:
         encoded: EncodedPreferences,
         adapter: PipelineAdapter,
         schedule: Schedule,
-        config: TrainingConfig,
+        config: PreferenceConfig,
         device: torch.device,
     ) -> None:
         self.examples, self.encoded, self.adapter = examples, encoded, adapter

@@ -16,10 +16,9 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What every method shares."""
+    """What every trainer shares."""
 
     has_reference: ClassVar[bool] = True  # whether the method compares with a reference model
-    takes_pairs: ClassVar[bool] = True  # or whole lists
 
     # Where results go
     output_dir: str = option("out", "Folder of checkpoints, logs, validation images and the final weights.")
@@ -33,9 +32,6 @@ class TrainingConfig:
     max_epochs: float | None = option(None, "Passes over the data; used when max_steps is None (then required).")
     batch_size: int = option(4, "Pairs (or lists) per process and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
-    images_per_pass: int | None = option(
-        None, "Run this many images at once: the same gradients in less memory, for one more forward pass."
-    )
 
     # Optimizer
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = option(
@@ -65,60 +61,20 @@ class TrainingConfig:
     reference_dtype: Literal["same", "bf16", "fp16"] = option(
         "same", "Precision of the frozen copy in full fine-tuning; `same` makes it equal the policy exactly at step 0."
     )
-    precompute_reference: int | None = option(
-        None, "Find the reference's errors beforehand for this many draws per row; it then leaves memory."
-    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
     attention: Literal["sdpa", "xformers", "eager"] = option("sdpa", "Attention kernel of policy and reference alike.")
     vae_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision in which images are encoded and decoded.")
+    encode_batch_size: int = option(8, "Images or prompts encoded at once when the cache is filled.")
 
-    # Data
+    # The model
     resolution: int | None = option(None, "Edge of a square training image in pixels; None takes the model's own.")
-    aspect_buckets: bool = option(True, "Train near each image's own shape instead of cropping to a square.")
-    random_crop: bool = option(
-        False, "Crop at a place keyed by the row instead of the centre (same for all its images)."
-    )
-    horizontal_flip: bool = option(False, "Mirror all images of a row with probability 1/2, drawn anew each epoch.")
-    pairs: Literal["best_worst", "adjacent", "all"] = option(
-        "best_worst", "Which pairs of a longer list are trained on."
-    )
-    min_margin: float = option(0.0, "Drop pairs whose preference differs by less than this.")
-    ties: Literal["drop", "soft"] = option("drop", "Ties are dropped (and counted), or kept with probability 1/2.")
-    curriculum_stages: int | None = option(
-        None, "Train in this many stages of equal length, the clearest preferences first; None mixes all."
-    )
     max_prompt_tokens: int | None = option(
         None, "Tokens that T5 reads (SD3, FLUX); None takes the pipeline's own. Fewer make a smaller cache."
     )
     guidance_embedding: float | None = option(
         None, "What FLUX-dev's network is told as guidance while training; None means 1, plain conditional velocity."
     )
-    caption_dropout: float = option(
-        0.0, "Share of rows trained without their prompt; one draw for all images of a row."
-    )
-    sample_latents: bool = option(
-        True, "Sample the VAE's posterior (one noise for all images of a row), else its mean."
-    )
-    cache_dir: str | None = option(None, "Folder of encoded images and prompts; None means output_dir/cache.")
-    cache_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of cached latents.")
-    encode_batch_size: int = option(8, "Images or prompts encoded at once when the cache is filled.")
-
-    # Noise levels
-    min_timestep: int = option(0, "Lowest timestep trained on (inclusive).")
-    max_timestep: int | None = option(None, "Highest timestep trained on (inclusive); None means the schedule's last.")
-    timestep_density: Literal["default", "uniform", "logit_normal", "shift"] = option(
-        "default", "How often each timestep is drawn. `default`: uniform, for flow models logit_normal."
-    )
-    density_mean: float = option(0.0, "Mean of logit_normal; above 0 prefers noisy timesteps.")
-    density_std: float = option(1.0, "Standard deviation of logit_normal.")
-    draws_per_row: int | None = option(
-        None, "Return to the same noise and timesteps after this many epochs; None draws anew each epoch."
-    )
-    timesteps: list[int] = option([], "Train only on these timesteps, for example a Turbo model's 249, 499, 749, 999.")
     zero_terminal_snr: bool = option(False, "Rescale the schedule to zero terminal SNR before training.")
-    loss_space: Literal["default", "native", "epsilon", "x0"] = option(
-        "default", "Space of the squared error. `default`: epsilon (beta keeps its meaning), for flow models native."
-    )
 
     # Checkpoints
     save_every: int | None = option(None, "Optimizer steps between checkpoints; None saves only at the end.")
@@ -142,7 +98,61 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class DPOConfig(TrainingConfig):
+class PreferenceConfig(TrainingConfig):
+    """What the methods share that learn from a table of ranked images."""
+
+    takes_pairs: ClassVar[bool] = True  # or whole lists
+
+    # Memory and speed
+    images_per_pass: int | None = option(
+        None, "Run this many images at once: the same gradients in less memory, for one more forward pass."
+    )
+    precompute_reference: int | None = option(
+        None, "Find the reference's errors beforehand for this many draws per row; it then leaves memory."
+    )
+
+    # Data
+    aspect_buckets: bool = option(True, "Train near each image's own shape instead of cropping to a square.")
+    random_crop: bool = option(
+        False, "Crop at a place keyed by the row instead of the centre (same for all its images)."
+    )
+    horizontal_flip: bool = option(False, "Mirror all images of a row with probability 1/2, drawn anew each epoch.")
+    pairs: Literal["best_worst", "adjacent", "all"] = option(
+        "best_worst", "Which pairs of a longer list are trained on."
+    )
+    min_margin: float = option(0.0, "Drop pairs whose preference differs by less than this.")
+    ties: Literal["drop", "soft"] = option("drop", "Ties are dropped (and counted), or kept with probability 1/2.")
+    curriculum_stages: int | None = option(
+        None, "Train in this many stages of equal length, the clearest preferences first; None mixes all."
+    )
+    caption_dropout: float = option(
+        0.0, "Share of rows trained without their prompt; one draw for all images of a row."
+    )
+    sample_latents: bool = option(
+        True, "Sample the VAE's posterior (one noise for all images of a row), else its mean."
+    )
+    cache_dir: str | None = option(None, "Folder of encoded images and prompts; None means output_dir/cache.")
+    cache_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of cached latents.")
+
+    # Noise levels
+    min_timestep: int = option(0, "Lowest timestep trained on (inclusive).")
+    max_timestep: int | None = option(None, "Highest timestep trained on (inclusive); None means the schedule's last.")
+    timestep_density: Literal["default", "uniform", "logit_normal", "shift"] = option(
+        "default", "How often each timestep is drawn. `default`: uniform, for flow models logit_normal."
+    )
+    density_mean: float = option(0.0, "Mean of logit_normal; above 0 prefers noisy timesteps.")
+    density_std: float = option(1.0, "Standard deviation of logit_normal.")
+    draws_per_row: int | None = option(
+        None, "Return to the same noise and timesteps after this many epochs; None draws anew each epoch."
+    )
+    timesteps: list[int] = option([], "Train only on these timesteps, for example a Turbo model's 249, 499, 749, 999.")
+    loss_space: Literal["default", "native", "epsilon", "x0"] = option(
+        "default", "Space of the squared error. `default`: epsilon (beta keeps its meaning), for flow models native."
+    )
+
+
+@dataclass(kw_only=True)
+class DPOConfig(PreferenceConfig):
     """Diffusion-DPO."""
 
     beta: float = option(5000.0, "Pull to the reference: logit = -beta/2 x error gap, errors averaged over C, H, W.")
@@ -158,7 +168,7 @@ class DPOConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class MaPOConfig(TrainingConfig):
+class MaPOConfig(PreferenceConfig):
     """Margin-aware preference optimization."""
 
     has_reference: ClassVar[bool] = False
@@ -171,7 +181,7 @@ class MaPOConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class SmPOConfig(TrainingConfig):
+class SmPOConfig(PreferenceConfig):
     """SmPO: smoothed preferences with inverted noise."""
 
     beta: float = option(5000.0, "As in DPO, for a pair of weight 1.")
@@ -192,7 +202,7 @@ class SmPOConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class RankDPOConfig(TrainingConfig):
+class RankDPOConfig(PreferenceConfig):
     """RankDPO: all pairs of a ranked list, weighted by gain and discount."""
 
     takes_pairs: ClassVar[bool] = False
@@ -211,7 +221,7 @@ class RankDPOConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class SFTConfig(TrainingConfig):
+class SFTConfig(PreferenceConfig):
     """Fine-tuning on the winners alone: the control of every preference method."""
 
     has_reference: ClassVar[bool] = False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..diffusion import Schedule
     from ..pipelines import PipelineAdapter
-    from .config import TrainingConfig
+    from .config import PreferenceConfig
 
 
 class Passes:
@@ -32,7 +32,7 @@ class Passes:
     """
 
     def __init__(
-        self, adapter: PipelineAdapter, schedule: Schedule, config: TrainingConfig, accelerator: Accelerator
+        self, adapter: PipelineAdapter, schedule: Schedule, config: PreferenceConfig, accelerator: Accelerator
     ) -> None:
         self.adapter, self.schedule, self.accelerator = adapter, schedule, accelerator
         self.dtype = DTYPES[config.mixed_precision]

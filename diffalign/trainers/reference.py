@@ -108,11 +108,11 @@ class InitialReference(Reference):
         self.denoiser = None
 
 
-def build_reference(denoiser: nn.Module, config: TrainingConfig) -> Reference:
+def build_reference(denoiser: nn.Module, config: TrainingConfig, *, temporary: bool = False) -> Reference:
     """The reference that a run's settings ask for, from the policy before its first update."""
     if config.adapter != "none":
         return AdapterReference(denoiser)
-    if config.precompute_reference is not None:
+    if temporary:
         return InitialReference(denoiser)
     return FrozenReference(denoiser, None if config.reference_dtype == "same" else DTYPES[config.reference_dtype])
 

@@ -78,8 +78,8 @@ class SmPOTrainer(PreferenceTrainer):
         out = smpo_loss(policy_error, reference_error, batch.probability, beta=config.beta, gamma=config.gamma)
         return with_sft(out, policy_error, config.sft_weight) if config.sft_weight else out
 
-    def _build_models(self) -> None:
-        super()._build_models()
+    def start(self, total_steps: int) -> None:
+        super().start(total_steps)
         if self.inversions is not None:  # what other processes inverted for the precomputed reference
             self.inversions.flush()
             self.accelerator.wait_for_everyone()

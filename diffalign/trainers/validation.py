@@ -19,7 +19,6 @@ from ..randomness import keyed_generator, keyed_normal
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..data import EncodedPreferences
     from ..pipelines import PipelineAdapter
     from .config import TrainingConfig
 
@@ -65,19 +64,19 @@ class Validation:
     def of_run(
         cls,
         adapter: PipelineAdapter,
-        encoded: EncodedPreferences,
+        prompts: Sequence[Mapping[str, Tensor]],
+        unconditional: Mapping[str, Tensor],
         config: TrainingConfig,
         output_dir: Path,
         *,
         autocast: Callable[[], AbstractContextManager],
     ) -> Validation:
-        """What a run's settings ask for, from its cached embeddings."""
-        prompts = [encoded.prompt(prompt) for prompt in config.validation_prompts]
+        """What a run's settings ask for, from the embeddings of its prompts, without a batch dimension."""
         return cls(
             adapter,
             config.validation_prompts,
             {name: torch.stack([item[name] for item in prompts]) for name in prompts[0]},
-            {name: value[None] for name, value in encoded.unconditional().items()},
+            {name: value[None] for name, value in unconditional.items()},
             output_dir,
             steps=config.validation_steps,
             guidance=config.validation_guidance,

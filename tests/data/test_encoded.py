@@ -17,7 +17,7 @@ from diffalign.data.cache import TensorCache
 from diffalign.data.geometry import apply, plan
 from diffalign.errors import ConfigError, DataError
 from diffalign.pipelines import PipelineAdapter, adapter_for
-from diffalign.trainers.config import TrainingConfig
+from diffalign.trainers.config import PreferenceConfig
 from tests.tiny import tiny_sd, tiny_sdxl
 
 from .conftest import Rows, picture, png
@@ -38,7 +38,7 @@ def build(tmp_path: Path, adapter: PipelineAdapter) -> Build:
         keys = ("process_index", "num_processes", "barrier", "extra_prompts", "examples")
         outer = {key: options.pop(key) for key in keys if key in options}
         dataset = source if hasattr(source, "report") else load_preferences(source)
-        config = TrainingConfig(progress_bar=False, **options)
+        config = PreferenceConfig(progress_bar=False, **options)
         return EncodedPreferences.build(dataset, adapter, config, folder=tmp_path / folder, **outer)
 
     return make

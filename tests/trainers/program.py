@@ -26,8 +26,8 @@ class Mortal(DPOTrainer):
 
     kill_at = ("never", 0)
 
-    def _optimizer_step(self) -> dict[str, float]:
-        metrics = super()._optimizer_step()
+    def optimizer_step(self) -> dict[str, float]:
+        metrics = super().optimizer_step()
         if self.kill_at == ("step", self.step):
             os.kill(os.getpid(), signal.SIGKILL)
         return metrics
