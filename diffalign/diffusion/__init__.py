@@ -1,9 +1,19 @@
 """Parameterisation of diffusion models: noise, targets and errors, timesteps and inversion, all in fp32."""
 
-from .base import Schedule, schedule_from
+from .base import LOSS_SPACES, Schedule
+from .detect import schedule_from
 from .flow import FlowSchedule
 from .inversion import Inversion, InversionGrid, denoise, inversion_grid, invert
-from .schedule import LOSS_SPACES, NoiseSchedule
+from .schedule import NoiseSchedule
+from .stochastic import (
+    SamplingGrid,
+    Transition,
+    drift,
+    flow_grid,
+    log_density,
+    noise_grid,
+    transitions,
+)
 from .timesteps import TIMESTEP_DENSITIES, draw_timestep, timestep_probabilities
 
 __all__ = [
@@ -13,11 +23,18 @@ __all__ = [
     "Inversion",
     "InversionGrid",
     "NoiseSchedule",
+    "SamplingGrid",
     "Schedule",
+    "Transition",
     "denoise",
     "draw_timestep",
+    "drift",
+    "flow_grid",
     "inversion_grid",
     "invert",
+    "log_density",
+    "noise_grid",
     "schedule_from",
     "timestep_probabilities",
+    "transitions",
 ]

@@ -8,7 +8,7 @@ The same mistake of a model measures differently in each space (all squared, mea
     eps-error = (1 - sigma)^2 * u-error,   x0-error = sigma^2 * u-error.
 
 A scheduler's ``shift`` moves no timestep here: t always means (t + 1) / T. It changes how often each t is drawn, see
-:func:`diffalign.diffusion.draw_timestep`. Nothing here is ever computed in half precision.
+:func:`diffalign.diffusion.draw_timestep`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .conversions import implied_clean, implied_noise
-from .schedule import LOSS_SPACES
+from .base import Schedule
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 
 
-class FlowSchedule:
-    """Rectified flow with the surface of :class:`NoiseSchedule`.
+class FlowSchedule(Schedule):
+    """Rectified flow: a = 1 - sigma, b = sigma.
 
     Args:
         num_timesteps: T, into how many steps the path is cut.
@@ -39,10 +38,8 @@ class FlowSchedule:
     def __init__(self, num_timesteps: int = 1000) -> None:
         if num_timesteps < 1:
             raise ConfigError(f"num_timesteps must be at least 1; got {num_timesteps}.")
-        self.prediction_type = "flow"
-        self._sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        # 1 - sigma is rounded from fp64 once: subtracting in fp32 would lose digits near pure noise.
-        self._a, self._b = (1 - self._sigma).to(torch.float32), self._sigma.to(torch.float32)
+        sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        super().__init__(1 - sigma, sigma, "flow")
 
     @classmethod
     def from_scheduler(cls, scheduler_config: Mapping[str, Any]) -> FlowSchedule:
@@ -66,91 +63,25 @@ class FlowSchedule:
             )
         return cls(int(scheduler_config.get("num_train_timesteps", 1000)))
 
-    @property
-    def num_timesteps(self) -> int:
-        """T."""
-        return len(self._sigma)
-
     def sigma(self, t: Tensor) -> Tensor:
         """(N,) fp32 share of noise, (t + 1) / T."""
         return self._at(self._b, t)
 
     def time(self, t: Tensor) -> Tensor:
-        """What the network is told: sigma T = t + 1, in fp32."""
+        """sigma T = t + 1, in fp32."""
         return (t + 1).to(torch.float32)
-
-    def levels(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Signal 1 - sigma and noise sigma from the clean picture on; see :meth:`NoiseSchedule.levels`."""
-        sigma = torch.cat([torch.zeros(1, dtype=torch.float64), self._sigma])
-        return (1 - sigma).to(dtype), sigma.to(dtype)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = (1 - sigma) x0 + sigma eps.
-
-        Args:
-            x0: (N, C, h, w) clean scaled latents.
-            noise: same shape, unit variance.
-            t: (N,) int64 timesteps in [0, T).
-
-        Returns:
-            (N, C, h, w) fp32.
-        """
-        a, b = self._coefficients(t, x0)
-        return a * x0.float() + b * noise.float()
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity eps - x0, which is the same at every t; (N, C, h, w) fp32."""
         return noise.float() - x0.float()
 
-    def denoising_error(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str = "default"
-    ) -> Tensor:
-        """Squared error of each item, averaged over C, h, w.
+    def _weight(self, t: Tensor, space: str) -> Tensor:
+        """See the top of this file; ``default`` and ``native`` are the velocity's own, in which SD3's beta is meant.
 
-        Args:
-            prediction: (N, C, h, w) output of the network, any float dtype; cast to fp32 before the subtraction.
-            x0, noise, t: as in :meth:`add_noise`.
-            space: ``default`` and ``native`` are the velocity's own, the space in which flow models are trained and in
-                which SD3's published values of beta are meant. At t = T - 1 the error is worth 0 in epsilon space.
-
-        Returns:
-            (N,) fp32, differentiable with respect to ``prediction``.
-
-        Raises:
-            ConfigError: an unknown space.
+        At t = T - 1 the error is worth 0 in epsilon space.
         """
-        error = (self.target(x0, noise, t) - prediction.float()).square().flatten(1).mean(1)
-        return error * self.error_weight(t, space)
-
-    def error_weight(self, t: Tensor, space: str = "default") -> Tensor:
-        """(N,) fp32 factor that carries a velocity's squared error into ``space`` (see the top of this file)."""
-        if space not in LOSS_SPACES:
-            raise ConfigError(f"loss_space must be one of {', '.join(LOSS_SPACES)}; got {space!r}.")
         if space == "epsilon":
             return self._at(self._a, t).square()
         if space == "x0":
             return self._at(self._b, t).square()
         return torch.ones_like(self._at(self._b, t))
-
-    def to_epsilon(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that the network's output implies; (N, C, h, w) fp32."""
-        a, b = self._coefficients(t, x_t)
-        return implied_noise("flow", prediction.float(), x_t.float(), a, b)
-
-    def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent that the network's output implies; (N, C, h, w) fp32."""
-        a, b = self._coefficients(t, x_t)
-        return implied_clean("flow", prediction.float(), x_t.float(), a, b)
-
-    def snr(self, t: Tensor) -> Tensor:
-        """(N,) fp32 signal-to-noise ratio ((1 - sigma) / sigma)^2."""
-        return (self._at(self._a, t) / self._at(self._b, t)).square()
-
-    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """1 - sigma and sigma, shaped to multiply ``like``."""
-        shape = (-1, *[1] * (like.ndim - 1))
-        return self._at(self._a, t).view(shape), self._at(self._b, t).view(shape)
-
-    @staticmethod
-    def _at(table: Tensor, t: Tensor) -> Tensor:
-        return table.to(t.device)[t]
