@@ -105,7 +105,8 @@ def rate_models(games: Sequence[Game], *, confidence: float = 0.95) -> list[Rati
     rated = [names[index] for index in largest]
     within = [game for game in games if game.first in rated]
     strength[largest], error[largest] = _fit(wins[np.ix_(largest, largest)], within, rated)
-    reach = stats.norm.ppf((1 + confidence) / 2) * error
+    clusters = len({game.cluster for game in within})
+    reach = stats.t.ppf((1 + confidence) / 2, max(1, clusters - 1)) * error
     ratings = [
         Rating(name, _elo(strength[index], reach[index]), *_record(games, name)) for index, name in enumerate(names)
     ]

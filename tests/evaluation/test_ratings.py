@@ -36,7 +36,7 @@ def test_known_strengths_come_back_in_elo_points():
 @pytest.mark.parametrize("per_prompt", [1, 3])
 def test_intervals_hold_the_truth_as_often_as_they_say(per_prompt):
     held = []
-    for seed in range(150):
+    for seed in range(300):
         for rating in rate_models(simulate(240, seed, per_prompt=per_prompt)):
             held.append(rating.elo.low <= 1000 + ELO_POINTS * STRENGTH[rating.name] <= rating.elo.high)
     assert 0.93 <= np.mean(held) <= 0.98
