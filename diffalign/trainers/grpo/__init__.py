@@ -1,0 +1,1 @@
+"""Pref-GRPO: groups of pictures drawn by the policy, judged, and learnt from."""
