@@ -14,6 +14,7 @@ from .. import __version__
 from .data import data_app
 from .evaluate import evaluate
 from .failures import one_line
+from .generate import GenerateCommand, generate
 from .info import info
 from .quickstart import quickstart
 from .train import TrainCommand, train
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(quickstart)
+app.command(cls=GenerateCommand)(generate)
 app.command(cls=TrainCommand)(train)
 app.command()(evaluate)
 app.add_typer(data_app)

@@ -34,6 +34,7 @@ SOURCE = {
     "steps": Value("int32"),
     "guidance": Value("float64"),
     "scheduler": Value("string"),
+    "pipeline": Value("string"),
 }
 FEATURES = Features(
     {

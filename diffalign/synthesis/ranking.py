@@ -1,4 +1,4 @@
-"""One order from the scores of several reward models (RankDPO, Karthik et al. 2024, Algorithm 1)."""
+"""One order from many judges: votes (RankDPO, Karthik et al. 2024, Algorithm 1), weighted sums, or a given order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from typing import Literal
 
 from ..errors import ConfigError, DataError
@@ -28,7 +29,28 @@ class Ranking:
     voters: tuple[str, ...]
 
 
-def rank_candidates(scores: Mapping[str, Sequence[float]], *, missing: MissingRule = "skip_model") -> Ranking | None:
+@dataclass(frozen=True)
+class Voter:
+    """How much a reward model counts.
+
+    Args:
+        weight: of its votes, or of its raw scores in a sum.
+        family: models of one family (built on one backbone) share one vote, since they err together.
+        tie: scores that differ by no more are equal.
+    """
+
+    weight: float = 1.0
+    family: str | None = None
+    tie: float = 0.0
+
+
+def rank_candidates(
+    scores: Mapping[str, Sequence[float]],
+    *,
+    missing: MissingRule = "skip_model",
+    comparisons: Mapping[str, Sequence[float]] | None = None,
+    voters: Mapping[str, Voter] | None = None,
+) -> Ranking | None:
     """Let every reward model vote on every pair of candidates.
 
     ``preference[i]`` is the share of the n (k - 1) votes that candidate i wins. Only the order within a model counts,
@@ -38,6 +60,9 @@ def rank_candidates(scores: Mapping[str, Sequence[float]], *, missing: MissingRu
         scores: raw scores by reward model, k each; NaN is missing.
         missing: ``skip_model`` lets a model with a missing score among the k not vote on this prompt; ``skip_row``
             gives the whole prompt up.
+        comparisons: of judges: probability that the first is better, for the k(k-1)/2 pairs in the order of
+            ``itertools.combinations``. They take the place of the judge's scores.
+        voters: weights, families and ties by name; every model has one vote where this says nothing.
 
     Returns:
         The ranking, or None when the rule leaves no vote.
@@ -48,15 +73,89 @@ def rank_candidates(scores: Mapping[str, Sequence[float]], *, missing: MissingRu
     """
     if missing not in ("skip_model", "skip_row"):
         raise ConfigError(f"missing must be 'skip_model' or 'skip_row', got {missing!r}.")
+    k = _count(scores)
+    compared, known = comparisons or {}, voters or {}
+    wins = {
+        name: wins_of(values, compared.get(name), known.get(name, Voter()).tie)
+        for name, values in scores.items()
+        if is_complete(compared.get(name, values))
+    }
+    weights = {name: weight for name, weight in vote_weights(wins, known).items() if weight > 0}
+    if not weights or (missing == "skip_row" and len(wins) < len(scores)):
+        return None
+    votes = sum(weights.values()) * (k - 1)
+    # Fractions are compared, so that equal shares tie exactly.
+    total = [sum((weight * wins[name][i] for name, weight in weights.items()), Fraction(0)) for i in range(k)]
+    return Ranking([float(own / votes) for own in total], _ranks(total), tuple(weights))
+
+
+def rank_by_sum(
+    scores: Mapping[str, Sequence[float]], voters: Mapping[str, Voter], *, missing: MissingRule = "skip_model"
+) -> Ranking | None:
+    """Order by the sum of weight x raw score; ``preference`` is the share of the other candidates that each beats.
+
+    Weights bring the scores to one scale and are the caller's choice: nothing is standardised behind his back.
+    """
+    _count(scores)
+    present = {name: values for name, values in scores.items() if is_complete(values)}
+    if not present or (missing == "skip_row" and len(present) < len(scores)):
+        return None
+    total = [
+        math.fsum(voters.get(name, Voter()).weight * values[i] for name, values in present.items())
+        for i in range(_count(present))
+    ]
+    return _from_order(total, tuple(present))
+
+
+def rank_by_given(values: Sequence[float]) -> Ranking:
+    """Order by one number per candidate, for example the weight of the pipeline that drew it; no model has a say."""
+    return _from_order(list(values), ())
+
+
+def wins_of(values: Sequence[float], comparisons: Sequence[float] | None = None, tie: float = 0.0) -> list[int]:
+    """How many of the others each of k candidates beats.
+
+    Args:
+        values: k scores, none missing; ignored where there are comparisons.
+        comparisons: k(k-1)/2 probabilities that the first is better.
+        tie: a lead in score that is no win yet.
+    """
+    k = len(values)
+    wins = [0] * k
+    for place, (i, j) in enumerate(combinations(range(k), 2)):
+        lead = values[i] - values[j] if comparisons is None else comparisons[place] - 0.5
+        limit = tie if comparisons is None else 0.0
+        wins[i] += lead > limit
+        wins[j] += -lead > limit
+    return wins
+
+
+def vote_weights(names: Mapping[str, object], voters: Mapping[str, Voter]) -> dict[str, Fraction]:
+    """Weight of each model's votes; those of one family share one."""
+    families = [voters.get(name, Voter()).family for name in names]
+    weights = {}
+    for name, family in zip(names, families, strict=True):
+        share = families.count(family) if family is not None else 1
+        weights[name] = Fraction(str(voters.get(name, Voter()).weight)) / share
+    return weights
+
+
+def is_complete(values: Sequence[float]) -> bool:
+    """Whether nothing is missing."""
+    return not any(math.isnan(value) for value in values)
+
+
+def _from_order(values: list[float], voters: tuple[str, ...]) -> Ranking:
+    wins = [Fraction(sum(own > other for other in values)) for own in values]
+    return Ranking([float(own / (len(values) - 1)) for own in wins], _ranks(wins), voters)
+
+
+def _ranks(values: Sequence[Fraction]) -> list[int]:
+    return [1 + sum(other > own for other in values) for own in values]
+
+
+def _count(scores: Mapping[str, Sequence[float]]) -> int:
     counts = {len(values) for values in scores.values()}
     if len(counts) != 1 or min(counts) < 2:
         raise DataError(f"every reward model must score the same two or more candidates, got {sorted(counts)}.")
-    (k,) = counts
-    voters = tuple(name for name, values in scores.items() if not any(math.isnan(value) for value in values))
-    if not voters or (missing == "skip_row" and len(voters) < len(scores)):
-        return None
-    wins = [sum(scores[name][i] > other for name in voters for other in scores[name]) for i in range(k)]
-    votes = len(voters) * (k - 1)
-    # Whole numbers are compared, so that equal shares tie exactly.
-    rank = [1 + sum(other > own for other in wins) for own in wins]
-    return Ranking([float(Fraction(own, votes)) for own in wins], rank, voters)
+    return counts.pop()

@@ -23,6 +23,8 @@ from ..randomness import keyed_seed
 
 log = logging.getLogger(__name__)
 
+#: Marks in the ``info`` of a picture: it came out as NaN somewhere, or the safety checker blacked it out.
+NOT_FINITE, UNSAFE = "not finite", "flagged by the safety checker"
 _DECODE_PIXELS = 2**21  # decoded at once: two pictures of 1024 x 1024, whose fp32 activations take about 10 GB
 
 
@@ -63,6 +65,7 @@ def generate_images(
 
     Returns:
         N RGB images. Where an SD pipeline has a safety checker, flagged ones are black, and their number is logged.
+        ``info`` of an image says when it was flagged, or held values that were not finite.
 
     Raises:
         ConfigError: the pipeline's family is not supported, a component is missing, or a setting is out of range.
@@ -191,10 +194,15 @@ def _decode(adapter: PipelineAdapter, latents: Tensor) -> list[Image.Image]:
     pixels = latents.shape[-2] * latents.shape[-1] * adapter.vae_scale_factor**2
     images: list[Image.Image] = []
     for part in latents.split(max(1, _DECODE_PIXELS // pixels)):
-        decoded, black = _safe(pipeline, adapter.decode_pixels(part))
-        images += pipeline.image_processor.postprocess(
+        decoded = adapter.decode_pixels(part)
+        finite = decoded.isfinite().flatten(1).all(1).tolist()
+        decoded, black = _safe(pipeline, decoded.nan_to_num(0.0, 0.0, 0.0))
+        pictures = pipeline.image_processor.postprocess(
             decoded, output_type="pil", do_denormalize=[not flagged for flagged in black]
         )
+        for picture, whole, flagged in zip(pictures, finite, black, strict=True):
+            picture.info |= {NOT_FINITE: True} if not whole else {UNSAFE: True} if flagged else {}
+        images += pictures
     return images
 
 

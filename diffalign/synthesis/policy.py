@@ -1,0 +1,51 @@
+"""Another round: an aligned checkpoint among the pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from ..errors import ConfigError
+from ..yaml_dialect import Loader
+from .config import GenerationConfig, PipelineSpec
+
+NAME = "policy"
+
+
+def with_policy(config: GenerationConfig, run: Path) -> GenerationConfig:
+    """Add the model that a training run made as one more pipeline, with the sampling settings of the first.
+
+    Args:
+        config: of the round.
+        run: folder of the run, of its weights, or a file of a LoRA.
+
+    Raises:
+        CheckpointError: the folder holds no weights.
+        ConfigError: there is a pipeline of that name already.
+    """
+    from ..evaluation.lora import find_weights  # late: evaluation draws with this package
+
+    if NAME in config.artists:
+        raise ConfigError(f"there is a pipeline named {NAME!r} already; rename it, or leave --policy out.")
+    kind, weights = find_weights(run)
+    first = next(iter(config.artists.values()))
+    changes = {"name": NAME, "license": None}
+    if kind == "lora":
+        base = base_of(run) or first.model
+        changes |= {"model": base, "lora": str(run), "lora_scale": 1.0}
+    else:
+        changes |= {"model": str(weights), "lora": None, "revision": None, "variant": None, "config": None}
+    spec = PipelineSpec(**(first.model_dump() | changes))
+    return GenerationConfig(**(config.model_dump() | {"pipelines": [*config.pipelines, spec]}))
+
+
+def base_of(run: Path) -> str | None:
+    """The base model that a training run names in its settings."""
+    for folder in (run, run.parent):
+        file = folder / "config.yaml"
+        if file.is_file():
+            settings = yaml.load(file.read_text(encoding="utf-8"), Loader)
+            model = settings.get("model") if isinstance(settings, dict) else None
+            return model if isinstance(model, str) else None
+    return None

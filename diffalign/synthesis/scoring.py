@@ -1,0 +1,101 @@
+"""Scores of candidates from any reward model, pointwise or a judge of pairs."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+from PIL import Image
+
+from reward_models import PairwiseRewardModel, RewardModelError, load_reward_model
+
+from ..errors import ConfigError
+from .candidates import Row
+from .config import RewardSpec
+
+_BATCHES = 4  # decoded pictures held at once, in batches of the model
+
+
+class Scorer:
+    """A reward model, ready to judge.
+
+    Args:
+        name: of its scores.
+        spec: settings.
+        device: where a model with weights runs.
+
+    Raises:
+        ConfigError: there is no such model, or it lacks an option.
+    """
+
+    def __init__(self, name: str, spec: RewardSpec, device: str) -> None:
+        self.name = name
+        try:
+            self.model: Any = load_reward_model(spec.model, device=device, **spec.options)
+        except RewardModelError as error:
+            raise ConfigError(f"reward_models: {error}") from error
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What must be equal for two scores to be comparable."""
+        return dict(self.model.identity)
+
+    def judge(self, rows: Sequence[Row]) -> tuple[list[list[float]], list[list[float]] | None]:
+        """Judge the usable candidates of each row.
+
+        Returns:
+            Per row one score per candidate (NaN where unusable or missing), and, of a judge of pairs, its
+            probabilities as in :class:`~.candidates.Row`.
+        """
+        if isinstance(self.model, PairwiseRewardModel) and not hasattr(self.model, "score"):
+            return self._compare(rows)
+        places = [(row, number) for row in rows for number in row.usable]
+        values = self._in_chunks(
+            places,
+            lambda chunk: self.model.score(
+                [picture(row, number) for row, number in chunk], [row.prompt for row, _ in chunk]
+            ),
+        )
+        scores = [[math.nan] * len(row.candidates) for row in rows]
+        found = iter(values)
+        for own, row in zip(scores, rows, strict=True):
+            for number in row.usable:
+                own[number] = next(found)
+        return scores, None
+
+    def _compare(self, rows: Sequence[Row]) -> tuple[list[list[float]], list[list[float]]]:
+        """All pairs; a candidate's score is its mean probability of being better, missing where one pair is."""
+        places = [(row, pair) for row in rows for pair in combinations(row.usable, 2)]
+        values = iter(
+            self._in_chunks(
+                places,
+                lambda chunk: self.model.compare(
+                    [(picture(row, i), picture(row, j)) for row, (i, j) in chunk], [row.prompt for row, _ in chunk]
+                ),
+            )
+        )
+        scores, comparisons = [], []
+        for row in rows:
+            pairs = {pair: next(values) for pair in combinations(row.usable, 2)}
+            own = [math.nan] * len(row.candidates)
+            for number in row.usable if len(row.usable) > 1 else []:
+                better = [p if pair[0] == number else 1 - p for pair, p in pairs.items() if number in pair]
+                own[number] = sum(better) / len(better)
+            scores.append(own)
+            comparisons.append(list(pairs.values()))
+        return scores, comparisons
+
+    def _in_chunks(self, places: Sequence[Any], ask: Any) -> list[float]:
+        size = _BATCHES * int(getattr(self.model, "batch_size", 16))
+        values: list[float] = []
+        for start in range(0, len(places), size):
+            values += [float(value) for value in ask(places[start : start + size])]
+        return values
+
+
+def picture(row: Row, number: int) -> Image.Image:
+    """A candidate as it is stored: what a trainer will see is what is judged."""
+    return Image.open(io.BytesIO(row.candidates[number].data)).convert("RGB")
