@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import RewardModelError
 from .images import to_pil
@@ -21,6 +22,8 @@ class BaseRewardModel(ABC):
 
     name: str
     batch_size: int = 16
+    licence: str | None = None  # of the weights; None where their makers state none
+    requires: tuple[str, ...] = ()  # packages it imports beyond torch and Pillow
 
     @property
     @abstractmethod
@@ -31,8 +34,13 @@ class BaseRewardModel(ABC):
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor | Sequence[float | None]:
         """Scores of at most ``batch_size`` RGB images; None or NaN is missing."""
 
-    def score(self, images: Any, prompts: Sequence[str]) -> Tensor:
+    def score(self, images: Any, prompts: Sequence[str], *, progress: bool = False) -> Tensor:
         """Scores of N pictures under N prompts: (N,) fp32 on the CPU, NaN where missing.
+
+        Args:
+            images: N pictures in any form :func:`reward_models.to_pil` reads.
+            prompts: N prompts.
+            progress: show a progress bar of pictures on the standard error output.
 
         Raises:
             RewardModelError: the two lists differ in length, or a picture cannot be read.
@@ -44,10 +52,12 @@ class BaseRewardModel(ABC):
         if len(images) != len(prompts):
             raise RewardModelError(f"expected a prompt for each picture, got {len(images)} and {len(prompts)} prompts.")
         parts = [torch.empty(0)]
-        for start in range(0, len(prompts), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            scores = self.score_batch(to_pil(images[batch], first=start), list(prompts[batch]))
-            parts.append(_checked(scores, self.name, prompts[batch]))
+        with tqdm(total=len(prompts), desc=self.name, unit="picture", disable=not progress) as bar:
+            for start in range(0, len(prompts), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                scores = self.score_batch(to_pil(images[batch], first=start), list(prompts[batch]))
+                parts.append(_checked(scores, self.name, prompts[batch]))
+                bar.update(len(prompts[batch]))
         return torch.cat(parts)
 
 

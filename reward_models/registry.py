@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, cast
 
@@ -14,7 +15,16 @@ from .errors import RewardModelError
 from .protocol import PairwiseRewardModel, RewardModel
 
 ENTRY_POINT_GROUP = "reward_models"
-_BUILT_IN = {"clip": "reward_models.clip:ClipScore"}
+_BUILT_IN = {
+    "aesthetic": "reward_models.aesthetic:AestheticScore",
+    "clip": "reward_models.clip:ClipScore",
+    "hpsv2": "reward_models.hpsv2:HPSv2",
+    "hpsv3": "reward_models.hpsv3:HPSv3",
+    "imagereward": "reward_models.imagereward:ImageReward",
+    "mps": "reward_models.mps:MPS",
+    "pickscore": "reward_models.pickscore:PickScore",
+    "unified-reward": "reward_models.unified_reward:UnifiedReward",
+}
 
 
 def load_reward_model(
@@ -37,7 +47,8 @@ def load_reward_model(
         options: the model's own options.
 
     Raises:
-        RewardModelError: no such name (the nearest and all available ones are listed), or an option the model lacks.
+        RewardModelError: no such name (the nearest and all available ones are listed), an option the model lacks, or a
+            package it requires is not installed.
     """
     target = _find(name_or_path) if isinstance(name_or_path, str) else name_or_path
     label = name_or_path if isinstance(name_or_path, str) else getattr(target, "__name__", type(target).__name__)
@@ -47,6 +58,7 @@ def load_reward_model(
         if device is not None and "device" in accepted:
             options["device"] = device
         _refuse_unknown(label, options, accepted)
+        _refuse_missing_packages(label, getattr(target, "requires", ()))
         model = target(**options)
         if not isinstance(model, (RewardModel, PairwiseRewardModel)):
             raise RewardModelError(f"{label} is no reward model: it needs name, identity and score(images, prompts).")
@@ -106,3 +118,11 @@ def _refuse_unknown(label: str, options: dict[str, Any], accepted: set[str]) -> 
     if unknown:
         takes = f"it takes {', '.join(sorted(accepted))}" if accepted else "it takes none"
         raise RewardModelError(f"the reward model {label} has no option {', '.join(map(repr, unknown))}; {takes}.")
+
+
+def _refuse_missing_packages(label: str, packages: Iterable[str]) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RewardModelError(
+            f"the reward model {label} needs {', '.join(missing)}: install it with pip and try again."
+        )
