@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .claims import claims
 from .data import data_app
 from .evaluate import evaluate
 from .failures import one_line
@@ -32,6 +33,7 @@ app.command()(quickstart)
 app.command(cls=GenerateCommand)(generate)
 app.command(cls=TrainCommand)(train)
 app.command()(evaluate)
+app.command()(claims)
 app.add_typer(data_app)
 app.command()(info)
 

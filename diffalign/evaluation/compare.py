@@ -9,36 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from PIL import Image
-from tqdm.auto import tqdm
 
-from reward_models import RewardModel
+from reward_models import PairwiseRewardModel, RewardModel
 
 from ..errors import ConfigError
-from ..synthesis.sampling import iterate_images
+from .appearance import DIVERSITY, distance, diversity
 from .lora import find_weights, lora_loaded
-from .statistics import PairedResult, compare_paired
-
-Picture = Image.Image | Path
+from .panel import Judged, Panel
+from .pictures import Picture, SamplingSettings, cross, draw
+from .statistics import Interval, PairedResult, SignTest, compare_paired, sign_test
+from .tasks import TaskResult, difference, summarise
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
-    """How pictures are drawn; the same for both models.
+class TaskComparison:
+    """A benchmark's overall value of both models, and the paired difference."""
 
-    Args:
-        steps: sampling steps.
-        guidance: classifier-free guidance scale.
-        batch_size: pictures drawn at once; never changes a picture.
-        height: pixels; None takes the model's own.
-        width: pixels; None takes the model's own.
-    """
-
-    steps: int = 25
-    guidance: float = 5.0
-    batch_size: int = 16
-    height: int | None = None
-    width: int | None = None
+    base: TaskResult
+    aligned: TaskResult
+    difference: Interval
 
 
 @dataclass
@@ -54,6 +43,11 @@ class Comparison:
         scorers: identity of each reward model.
         sampling: how the pictures were drawn.
         seconds: time spent in each stage.
+        name: of the aligned model.
+        signs: sign test by reward model.
+        by_task: means of task means by reward model; empty where the prompts have no tasks.
+        appearance: statistics of plain measures (:mod:`diffalign.evaluation.appearance`), larger is not better.
+        moved: for each pair, how far the aligned picture is from the base's.
     """
 
     prompts: list[str]
@@ -66,6 +60,11 @@ class Comparison:
     scorers: dict[str, dict[str, str | None]]
     sampling: SamplingSettings
     seconds: dict[str, float] = field(default_factory=dict)
+    name: str = "aligned"
+    signs: dict[str, SignTest] = field(default_factory=dict)
+    by_task: dict[str, TaskComparison] = field(default_factory=dict)
+    appearance: dict[str, PairedResult] = field(default_factory=dict)
+    moved: list[float] = field(default_factory=list)
 
     @property
     def pairs(self) -> list[tuple[str, int]]:
@@ -82,7 +81,7 @@ def compare(
     aligned: DiffusionPipeline | str | Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    reward_models: Sequence[RewardModel],
+    reward_models: Sequence[RewardModel | PairwiseRewardModel],
     *,
     sampling: SamplingSettings | None = None,
     picture_folder: str | Path | None = None,
@@ -105,7 +104,7 @@ def compare(
         CheckpointError: the LoRA does not fit.
     """
     sampling = sampling or SamplingSettings()
-    _check(prompts, seeds, reward_models)
+    check_inputs(prompts, seeds, reward_models)
     folder = None if picture_folder is None else Path(picture_folder)
     began = time.perf_counter()
     base_pictures = draw(base, prompts, seeds, sampling, folder and folder / "base", progress=progress)
@@ -129,77 +128,93 @@ def compare_pictures(
     seeds: Sequence[int],
     base_pictures: Sequence[Picture],
     aligned_pictures: Sequence[Picture],
-    reward_models: Sequence[RewardModel],
+    reward_models: Sequence[RewardModel | PairwiseRewardModel],
     *,
     sampling: SamplingSettings,
     seconds: dict[str, float] | None = None,
 ) -> Comparison:
     """Score and compare pictures that are already drawn; see :func:`compare` and :class:`Comparison`."""
-    _check(prompts, seeds, reward_models)
+    check_inputs(prompts, seeds, reward_models)
     began = time.perf_counter()
-    labels = [prompt for prompt, _ in cross(prompts, seeds)]
-    base_scores = {model.name: model.score(base_pictures, labels).tolist() for model in reward_models}
-    aligned_scores = {model.name: model.score(aligned_pictures, labels).tolist() for model in reward_models}
-    results = {name: compare_paired(base_scores[name], aligned_scores[name], labels) for name in base_scores}
+    panel = Panel([prompt for prompt, _ in cross(prompts, seeds)], reward_models)
+    base, aligned = panel.judge(base_pictures), panel.judge(aligned_pictures)
+    comparison = compare_judged(prompts, seeds, base, aligned, panel, sampling=sampling)
+    comparison.seconds = {**(seconds or {}), "score": time.perf_counter() - began}
+    return comparison
+
+
+def compare_judged(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    base: Judged,
+    aligned: Judged,
+    panel: Panel,
+    *,
+    sampling: SamplingSettings,
+    tasks: Sequence[str] | None = None,
+    name: str = "aligned",
+) -> Comparison:
+    """Compare what a panel said of two models' pictures.
+
+    Args:
+        prompts: P prompts.
+        seeds: S seeds.
+        base, aligned: of P * S pictures each, seeds running fastest.
+        panel: who judged them.
+        sampling: how the pictures were drawn.
+        tasks: P task names; None where there are none.
+        name: of the aligned model.
+    """
+    labels = panel.labels
+    judged = panel.pairwise(base, aligned)
+    pairs = {one: judged.get(one) or (base.scores[one], aligned.scores[one]) for one in panel.names}
+    cosine = panel.embedding is not None
+    appearance = {one: compare_paired(base.measures[one], aligned.measures[one], labels) for one in base.measures}
+    if len(seeds) > 1:
+        variety = [diversity(side.vectors, len(seeds), cosine=cosine) for side in (base, aligned)]
+        appearance[DIVERSITY] = compare_paired(*variety, list(prompts))
     return Comparison(
         prompts=list(prompts),
         seeds=list(seeds),
-        base_pictures=list(base_pictures),
-        aligned_pictures=list(aligned_pictures),
-        base_scores=base_scores,
-        aligned_scores=aligned_scores,
-        results=results,
-        scorers={model.name: model.identity for model in reward_models},
+        base_pictures=base.pictures,
+        aligned_pictures=aligned.pictures,
+        base_scores={one: pair[0] for one, pair in pairs.items()},
+        aligned_scores={one: pair[1] for one, pair in pairs.items()},
+        results={one: compare_paired(*pair, labels) for one, pair in pairs.items()},
+        scorers=panel.identities,
         sampling=sampling,
-        seconds={**(seconds or {}), "score": time.perf_counter() - began},
+        name=name,
+        signs={one: sign_test(*pair, labels) for one, pair in pairs.items()},
+        by_task=_by_task(panel, base, aligned, pairs, tasks, len(seeds)),
+        appearance=appearance,
+        moved=distance(base.vectors, aligned.vectors, cosine=cosine).tolist(),
     )
 
 
-def draw(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sampling: SamplingSettings,
-    folder: Path | None = None,
-    *,
-    progress: bool = False,
-) -> list[Picture]:
-    """Every prompt with every seed, in memory or as PNG files ``<prompt number>-<seed>.png`` in ``folder``."""
-    pairs = cross(prompts, seeds)
-    batches = iterate_images(
-        pipeline,
-        [prompt for prompt, _ in pairs],
-        [seed for _, seed in pairs],
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        batch_size=sampling.batch_size,
-        height=sampling.height,
-        width=sampling.width,
-    )
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    digits = len(str(len(prompts) - 1))
-    pictures: list[Picture] = []
-    with tqdm(total=len(pairs), desc="pictures", unit="image", disable=not progress) as bar:
-        for batch in batches:
-            for image in batch:
-                if folder is None:
-                    pictures.append(image)
-                    continue
-                number, seed = len(pictures) // len(seeds), pairs[len(pictures)][1]
-                file = folder / f"{number:0{digits}d}-{seed}.png"
-                image.save(file)
-                pictures.append(file)
-            bar.update(len(batch))
-    return pictures
+def _by_task(
+    panel: Panel,
+    base: Judged,
+    aligned: Judged,
+    pairs: dict[str, tuple[list[float], list[float]]],
+    tasks: Sequence[str] | None,
+    seeds: int,
+) -> dict[str, TaskComparison]:
+    """A grader by its own dimensions, other scores by the tasks of the prompts."""
+    found = {}
+    own = [[task] for task in tasks for _ in range(seeds)] if tasks is not None else None
+    for name, sides in pairs.items():
+        results: list[Any] = [[[value] for value in side] for side in sides]
+        dimensions = own
+        if panel.grader is not None and name == panel.grader.name and panel.items is not None:
+            dimensions, results = [panel.grader.dimensions(item) for item in panel.items], [base.points, aligned.points]
+        if dimensions is not None and len({one for each in dimensions for one in each}) > 1:
+            first, second = (summarise(dimensions, result, panel.labels) for result in results)
+            found[name] = TaskComparison(first, second, difference(dimensions, *results, panel.labels))
+    return found
 
 
-def cross(prompts: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """All (prompt, seed), seeds running fastest."""
-    return [(prompt, seed) for prompt in prompts for seed in seeds]
-
-
-def _check(prompts: Sequence[str], seeds: Sequence[int], reward_models: Sequence[Any]) -> None:
+def check_inputs(prompts: Sequence[str], seeds: Sequence[int], reward_models: Sequence[Any]) -> None:
+    """Refuse nothing, and anything twice."""
     names = [model.name for model in reward_models]
     for what, items in (("prompts", list(prompts)), ("seeds", list(seeds)), ("reward models", names)):
         if not items:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .compare import Comparison, Picture
+from .compare import Comparison
+from .pictures import Picture
 from .selection import is_verdict
 
 _COLUMNS = 8

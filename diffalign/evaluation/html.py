@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from PIL import Image
-
-from .compare import Comparison, Picture
-from .selection import is_verdict, most_changed, random_pairs
+from .appearance import DIVERSITY, MEASURES
+from .cards import picture_panels
+from .charts import sweep_charts
+from .compare import Comparison, TaskComparison
+from .report import ModelResult
+from .roles import MEANING, TRAINED_ON, UNKNOWN
+from .selection import is_verdict
 from .statistics import Interval, PairedResult
 
-_CARDS = 9
-_INLINE_SIDE = 384  # longest side of an inlined picture in pixels
-_TINY = 128  # up to here pictures are kept as they are and shown with sharp pixels
 
-
-def render_html(comparison: Comparison, report: dict[str, Any], primary: str) -> str:
+def render_html(results: Sequence[ModelResult], report: dict[str, Any], primary: str) -> str:
     """The whole page.
 
     Args:
-        comparison: what was measured.
+        results: what was measured of each model.
         report: content of ``report.json``.
         primary: score that picks and marks pictures.
     """
     style = files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    title = f"{report['method']}: aligned against base"
+    one = len(results) == 1
+    title = f"{report['method']}: aligned against base" if one else f"{len(results)} models against their base"
     body = "\n".join([
         f"<h1>{escape(title)}</h1>",
         _subtitle(report),
-        _verdict(primary, comparison.results[primary], is_verdict(comparison, primary)),
-        _table(comparison),
-        *_picture_panels(comparison, primary),
+        *(_verdict(primary, result, several=not one) for result in results),
+        _score_table(results),
+        _sweep(results),
+        _tasks(results),
+        _appearance(results),
+        *picture_panels(results, primary),
         _settings(report),
     ])  # fmt: skip
     return (
@@ -85,47 +87,67 @@ def _subtitle(report: dict[str, Any]) -> str:
     sampling = report["sampling"]
     parts = [
         f"base: {report['base']}",
-        f"aligned: {report['aligned']}",
+        *(f"{model['name']}: {model['model']}" for model in report["models"]),
         f"{report['prompts']} prompts × {report['seeds']} seeds = {report['pairs']} pairs",
         f"{sampling['steps']} steps, guidance {sampling['guidance']:g}",
     ]
     return f'<p class="sub">{escape(" · ".join(parts))}</p>'
 
 
-def _verdict(name: str, result: PairedResult, verdict: bool) -> str:
-    sentence, tone = headline(name, result, verdict)
-    shares = f"wins {result.wins:.0%} of {result.n} pairs, ties {result.ties:.0%}, loses {result.losses:.0%}"
-    pairs = f" The aligned model {shares}."
-    return f'<p class="verdict {tone}">{escape(sentence + (pairs if result.n else ""))}</p>'
+def _verdict(name: str, result: ModelResult, *, several: bool) -> str:
+    paired = result.comparison.results[name]
+    sentence, tone = headline(name, paired, is_verdict(result.comparison, name))
+    shares = f"wins {paired.wins:.0%} of {paired.n} pairs, ties {paired.ties:.0%}, loses {paired.losses:.0%}"
+    pairs = f" The aligned model {shares}." if paired.n else ""
+    caution = ""
+    if result.role(name) == TRAINED_ON:
+        caution = f" {name} made this model's preferences, so this says little: look at the hold-out scores."
+    who = f"<b>{escape(result.spec.name)}</b>: " if several else ""
+    return f'<p class="verdict {tone}">{who}{escape(sentence + pairs + caution)}</p>'
 
 
-def _table(comparison: Comparison) -> str:
-    rows = "\n".join(_row(name, result) for name, result in comparison.results.items())
-    heads = ["score", "base", "aligned", "difference", "95 % interval", "", "win rate", "win / tie / loss", "pairs"]
+def _score_table(results: Sequence[ModelResult]) -> str:
+    rows = "\n".join(_row(result, name, len(results) > 1) for result in results for name in result.comparison.results)
+    heads = ["model"] * (len(results) > 1) + [
+        *("score", "role", "base", "aligned", "difference", "95 % interval", "", "win rate", "win / tie / loss"),
+        *("sign test, Holm", "pairs"),
+    ]  # fmt: skip
+    roles = {result.role(name) for result in results for name in result.comparison.results}
+    meaning = "; ".join(f"{role}: {MEANING[role]}" for role in MEANING if role in roles)
+    advice = " Name the scores that made the preferences with --trained-on." if UNKNOWN in roles else ""
+    tests = len(results) * len(results[0].comparison.results)
     return (
         "<h2>All scores</h2>"
-        '<p class="what">What am I looking at: mean scores of both models on the same prompts and seeds, and their '
-        "paired difference with an interval from resampling prompts. If the interval excludes zero (dashed), the "
-        "change is more than chance. A tie counts half a win.</p>"
-        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        '<p class="what">What am I looking at: mean scores of the base and each model on the same prompts and seeds, '
+        "and their paired difference with an interval from resampling prompts. If the interval excludes zero (dashed), "
+        "the change is more than chance. A tie counts half a win.</p>"
+        f"{_table(heads, rows)}"
+        f'<p class="what">Roles. {escape(meaning)}.{advice} Each interval is for one comparison. {tests} '
+        f"{'comparisons are' if tests > 1 else 'comparison is'} made here; the p-value is that of an exact sign test "
+        "over prompts, adjusted by Holm's rule for all of them: below 0.05 the claim holds beside the others.</p>"
     )
 
 
-def _row(name: str, result: PairedResult) -> str:
-    difference, rate = result.difference, result.win_rate
-    if result.n == 0:
-        return f"<tr><td>{escape(name)}</td><td colspan='8'>no pair has both scores</td></tr>"
+def _row(result: ModelResult, name: str, several: bool) -> str:
+    comparison = result.comparison
+    paired, role = comparison.results[name], result.role(name)
+    who = f"<td>{escape(result.spec.name)}</td>" if several else ""
+    mark = f'<td><span class="role {role}">{role}</span></td>'
+    if paired.n == 0:
+        return f"<tr>{who}<td>{escape(name)}</td>{mark}<td colspan='9'>no pair has both scores</td></tr>"
+    difference, rate = paired.difference, paired.win_rate
     known = difference.low == difference.low
     tone = "better" if known and difference.low > 0 else "worse" if known and difference.high < 0 else ""
     span = f"{difference.low:+.4f} … {difference.high:+.4f}" if known else "too few pairs"
     margin = f" <small>{rate.low:.2f} … {rate.high:.2f}</small>" if known else ""
-    missing = f" <small>({result.missing} missing)</small>" if result.missing else ""
+    missing = f" <small>({paired.missing} missing)</small>" if paired.missing else ""
     whisker = _whisker(name, difference) if known else ""
+    p = result.holm.get(name, math.nan)
     cells = [
-        f"<td>{escape(name)}</td><td>{result.base:.4f}</td><td>{result.aligned:.4f}</td>",
+        f"{who}<td>{escape(name)}</td>{mark}<td>{paired.base:.4f}</td><td>{paired.aligned:.4f}</td>",
         f'<td class="{tone}">{difference.mean:+.4f}</td><td>{span}</td><td>{whisker}</td>',
-        f"<td>{rate.mean:.3f}{margin}</td><td>{_bar(result)}</td><td>{result.n}{missing}</td>",
+        f"<td>{rate.mean:.3f}{margin}</td><td>{_bar(paired)}</td>",
+        f"<td>{'–' if math.isnan(p) else '&lt; 0.001' if p < 0.001 else f'{p:.3f}'}</td><td>{paired.n}{missing}</td>",
     ]
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -152,80 +174,103 @@ def _bar(result: PairedResult) -> str:
     return f'<div class="bar" role="img" aria-label="{words}" title="{words}">{spans}</div>'
 
 
-def _picture_panels(comparison: Comparison, primary: str) -> list[str]:
-    better = most_changed(comparison, primary, _CARDS, better=True)
-    worse = most_changed(comparison, primary, _CARDS, better=False)
-    fair = random_pairs(comparison, _CARDS)
-    return [
-        _panel(
-            "Random pairs",
-            "a fair sample: each prompt drawn by both models from the same noise. Judge these first.",
-            comparison, fair,
-        ),
-        _panel(
-            "Worst regressions",
-            f"the pairs that lost most under {primary}. Look for what the model forgot, or for a mistake of the score.",
-            comparison, worse, f"No pair got worse under {primary}.",
-        ),
-        _panel(
-            "Largest improvements",
-            f"the pairs that gained most under {primary}: picked for that, so not typical.",
-            comparison, better, f"No pair got better under {primary}.",
-        ),
-    ]  # fmt: skip
-
-
-def _panel(title: str, what: str, comparison: Comparison, chosen: Sequence[int], empty: str = "") -> str:
-    cards = "\n".join(_card(comparison, index) for index in chosen)
-    body = f'<div class="cards">{cards}</div>' if chosen else f"<p>{escape(empty)}</p>"
-    return f'<h2>{title}</h2><p class="what">What am I looking at: {escape(what)}</p>{body}'
-
-
-def _card(comparison: Comparison, index: int) -> str:
-    prompt, seed = comparison.pairs[index]
-    sides = "".join(
-        _side(name, pictures[index], f"{prompt} (seed {seed})", {n: v[index] for n, v in scores.items()}, comparison)
-        for name, pictures, scores in (
-            ("base", comparison.base_pictures, comparison.base_scores),
-            ("aligned", comparison.aligned_pictures, comparison.aligned_scores),
-        )
-    )
-    caption = f"{escape(prompt)} <small>seed {seed}</small>"
-    return f'<figure class="card"><figcaption>{caption}</figcaption><div class="sides">{sides}</div></figure>'
-
-
-def _side(name: str, picture: Picture, title: str, scores: dict[str, float], comparison: Comparison) -> str:
-    lines, words = [], []
-    for score, value in scores.items():
-        shown, tone = "no score" if value != value else f"{value:.3g}", ""
-        if value == value and is_verdict(comparison, score):
-            shown, tone = ("✓ right", "right") if value == 1.0 else ("✗ wrong", "wrong")
-        lines.append(f'<li>{escape(score)} <span class="{tone}">{shown}</span></li>')
-        words.append(f"{score} {shown.lstrip('✓✗ ')}")
-    alt = f"{name} model: {title}; {', '.join(words)}"
-    data, tiny = _inline(picture)
+def _sweep(results: Sequence[ModelResult]) -> str:
+    if len(results[0].sweep) < 2:
+        return ""
     return (
-        f'<div><b>{name}</b><img class="{"tiny" if tiny else ""}" src="{data}" alt="{escape(alt)}" loading="lazy">'
-        f"<ul>{''.join(lines)}</ul></div>"
+        "<h2>Guidance</h2>"
+        '<p class="what">What am I looking at: mean scores of every model at each guidance scale. Alignment can move '
+        "the best scale: compare each model's own best with the base's own best, not only one scale. The best of "
+        "several scales on the same pictures is a little flattered, for the base as for the models.</p>"
+        f"{sweep_charts(results)}"
     )
 
 
-def _inline(picture: Picture) -> tuple[str, bool]:
-    """A data address, and whether the picture is shown with sharp pixels."""
-    image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-    image = image.convert("RGB")
-    tiny = max(image.size) <= _TINY
-    image.thumbnail((_INLINE_SIDE, _INLINE_SIDE))
-    buffer = io.BytesIO()
-    if tiny:
-        image.save(buffer, format="PNG")
-    else:
-        image.save(buffer, format="JPEG", quality=88)
-    kind = "png" if tiny else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", tiny
+def _tasks(results: Sequence[ModelResult]) -> str:
+    blocks = []
+    for name in results[0].comparison.by_task:
+        found = [result.comparison.by_task[name] for result in results]
+        heads = [f"{name}, by task", "base", *(result.spec.name for result in results), "results", "missing"]
+        rows = [_overall_row(found)]
+        for group, kind in ((found[0].base.dimensions, "dimensions"), (found[0].base.parts, "parts")):
+            for task in group:
+                rows.append(_task_row(task, [getattr(found[0].base, kind)[task]] + [
+                    getattr(one.aligned, kind)[task] for one in found
+                ]))  # fmt: skip
+        blocks.append(_table(heads, "\n".join(rows)))
+    if not blocks:
+        return ""
+    return (
+        "<h2>Tasks</h2>"
+        '<p class="what">What am I looking at: the mean of each task or dimension, and their plain mean as the overall '
+        "value, so that tasks with many prompts do not weigh more. Missing answers are left out; the lower bound "
+        f"counts them as 0. Single tasks have few prompts: read them as hints.</p>{''.join(blocks)}"
+    )
+
+
+def _overall_row(found: Sequence[TaskComparison]) -> str:
+    cells = [_overall_cell(found[0].base.overall, found[0].base.lower, found[0].base.missing)]
+    for one in found:
+        change = one.difference
+        words = (
+            f" <small>({change.mean:+.3f}: {change.low:+.3f} … {change.high:+.3f})</small>"
+            if change.low == change.low
+            else ""
+        )
+        cells.append(_overall_cell(one.aligned.overall, one.aligned.lower, one.aligned.missing) + words)
+    missing = [found[0].base.missing, *(one.aligned.missing for one in found)]
+    shown = " / ".join(f"{share:.1%}" for share in missing)
+    return f"<tr><td><b>overall</b></td>{''.join(f'<td>{cell}</td>' for cell in cells)}<td></td><td>{shown}</td></tr>"
+
+
+def _overall_cell(value: Interval, lower: float, missing: float) -> str:
+    shown = "–" if math.isnan(value.mean) else f"<b>{value.mean:.3f}</b>"
+    return shown + (f" <small>at least {lower:.3f}</small>" if missing else "")
+
+
+def _task_row(task: str, values: Sequence[Any]) -> str:
+    cells = "".join(f"<td>{'–' if math.isnan(one.value) else f'{one.value:.3f}'}</td>" for one in values)
+    missing = " / ".join(str(one.missing) for one in values)
+    return f"<tr><td>{escape(task)}</td>{cells}<td>{values[0].n}</td><td>{missing}</td></tr>"
+
+
+def _appearance(results: Sequence[ModelResult]) -> str:
+    first = results[0].comparison
+    if not first.appearance:
+        return ""
+    meaning = MEASURES | {DIVERSITY: "mean distance between two pictures of one prompt"}
+    rows = []
+    for name, paired in first.appearance.items():
+        changes = "".join(_change_cell(result.comparison, name) for result in results)
+        label = f"{escape(name)} <small>{escape(meaning[name])}</small>"
+        rows.append(f"<tr><td>{label}</td><td>{paired.base:.4f}</td>{changes}</tr>")
+    moved = "".join(f"<td>{sum(r.comparison.moved) / len(r.comparison.moved):.4f}</td>" for r in results)
+    rows.append(f"<tr><td>moved <small>mean distance to the base's picture</small></td><td>0</td>{moved}</tr>")
+    heads = ["measure", "base", *(f"change of {result.spec.name}" for result in results)]
+    return (
+        "<h2>Appearance</h2>"
+        '<p class="what">What am I looking at: measures of the pictures themselves, none of them good or bad. A score '
+        "that rises while diversity falls, or while saturation or sharpness moves far, is a sign of reward hacking: "
+        f"look at the pictures below.</p>{_table(heads, chr(10).join(rows))}"
+    )
+
+
+def _change_cell(comparison: Comparison, name: str) -> str:
+    paired = comparison.appearance[name]
+    change = paired.difference
+    if paired.n == 0:
+        return "<td>–</td>"
+    share = f", {change.mean / paired.base:+.0%}" if paired.base else ""
+    span = f" <small>{change.low:+.4f} … {change.high:+.4f}{share}</small>" if change.low == change.low else ""
+    return f"<td>{change.mean:+.4f}{span}</td>"
+
+
+def _table(heads: Sequence[str], rows: str) -> str:
+    head = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _settings(report: dict[str, Any]) -> str:
-    kept = {key: value for key, value in report.items() if key != "scores"}
+    kept = {key: value for key, value in report.items() if key not in ("scores", "models")}
     text = escape(json.dumps(kept, indent=2, ensure_ascii=False))
     return f"<details><summary>Settings, versions and times</summary><pre>{text}</pre></details>"

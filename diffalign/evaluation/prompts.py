@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, DataError
 from ..shapes import sample_captions
+from .prompt_sets import LOADERS, Entry, PromptSet, collect, load_prompt_set, read_json, shapes_task
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +19,18 @@ _BUILT_IN_SEED = 90_210  # never used for training prompts, so that results of d
 
 
 def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None) -> list[str]:
-    """Read prompts, without empty and repeated ones.
+    """The prompts of :func:`read_prompt_set` alone."""
+    return read_prompt_set(source, limit=limit).prompts
+
+
+def read_prompt_set(source: str | Path | Sequence[str], *, limit: int | None = None) -> PromptSet:
+    """Read prompts, without empty and repeated ones, and what a benchmark knows about them.
 
     Args:
-        source: a list of prompts; ``shapes:heldout`` or ``shapes:seen``; or a file: ``.txt`` with a prompt a line,
+        source: a list of prompts; ``shapes:heldout`` or ``shapes:seen``; a public set as ``name:path``
+            (:data:`diffalign.evaluation.prompt_sets.LOADERS`); or a file: ``.txt`` with a prompt a line,
             ``.jsonl`` with ``{"prompt": ...}`` (or a bare string) a line, ``.json`` with a list of those.
-        limit: at most so many; of a built-in set, exactly so many (100 when None).
+        limit: at most so many, all tasks in turn; of a built-in set, exactly so many (100 when None).
 
     Raises:
         ConfigError: no such set or file, or a kind of file that is not known.
@@ -33,23 +39,32 @@ def read_prompts(source: str | Path | Sequence[str], *, limit: int | None = None
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of prompts must be at least 1, got {limit}.")
     if isinstance(source, str) and source in BUILT_IN:
-        return sample_captions(limit or BUILT_IN_COUNT, _BUILT_IN_SEED, held_out=BUILT_IN[source])
+        captions = sample_captions(limit or BUILT_IN_COUNT, _BUILT_IN_SEED, held_out=BUILT_IN[source])
+        return collect(source, [Entry(text, shapes_task(text)) for text in captions], None)
     where = "the list of prompts"
-    if isinstance(source, (str, Path)):
-        where, found = str(source), _read_file(Path(source))
+    name, colon, path = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if colon and name in LOADERS:
+        where, entries = source, load_prompt_set(name, Path(path).expanduser())  # type: ignore[assignment]
+    elif isinstance(source, (str, Path)):
+        where, entries = str(source), [Entry(text) for text in _read_file(Path(source))]
     else:
-        found = [str(prompt) for prompt in source]
-    prompts = list(dict.fromkeys(text for prompt in found if (text := " ".join(prompt.split()))))
-    if not prompts:
+        entries = [Entry(str(prompt)) for prompt in source]
+    cleaned = [Entry(text, e.task, e.item) for e in entries if (text := " ".join(e.prompt.split()))]
+    found = collect(where, cleaned, limit)
+    if not found.prompts:
         raise DataError(f"{where} has no prompts; expected at least one.")
-    if len(prompts) < len(found):
-        log.info("%s: %d of %d prompts kept, the others are empty or repeated", where, len(prompts), len(found))
-    return prompts[:limit]
+    if limit is None and len(found.prompts) < len(entries):
+        log.info("%s: %d of %d prompts kept, others are empty or repeated", where, len(found.prompts), len(entries))
+    return found
 
 
 def _read_file(path: Path) -> list[str]:
     if not path.is_file():
-        raise ConfigError(f"prompts: {path} is neither a file nor one of the built-in sets {', '.join(BUILT_IN)}.")
+        sets = ", ".join(f"{name}:PATH" for name in LOADERS)
+        raise ConfigError(
+            f"prompts: {path} is neither a file nor one of the built-in sets {', '.join(BUILT_IN)}; "
+            f"public sets are given as {sets}."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -59,22 +74,18 @@ def _read_file(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         return [_json_prompt(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if path.suffix == ".json":
-        items = _json(text, str(path))
+        items = read_json(text, str(path))
         if not isinstance(items, list):
             raise DataError(f"{path}: expected a list of prompts, got {type(items).__name__}.")
         return [_prompt(item, f"{path}, entry {n}") for n, item in enumerate(items, 1)]
-    raise ConfigError(f"prompts: expected a .txt, .jsonl or .json file, got {path.name}.")
+    sets = ", ".join(f"{name}:PATH" for name in LOADERS)
+    raise ConfigError(
+        f"prompts: expected a .txt, .jsonl or .json file, got {path.name}; public sets start with {sets}."
+    )
 
 
 def _json_prompt(line: str, where: str) -> str:
-    return _prompt(_json(line, where), where)
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON ({error}).") from error
+    return _prompt(read_json(line, where), where)
 
 
 def _prompt(item: object, where: str) -> str:

@@ -1,36 +1,46 @@
-"""`diffalign evaluate`: from two names and a list of prompts to a report."""
+"""`diffalign evaluate`: from names of models and a list of prompts to a report."""
 
 from __future__ import annotations
 
 import gc
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from reward_models import RewardModel, RewardModelError, load_reward_model
+from reward_models import PairwiseRewardModel, RewardModel, RewardModelError, load_reward_model
 
 from ..errors import ConfigError
 from ..pipelines import load_pipeline
-from .compare import SamplingSettings, compare, compare_pictures, draw
-from .lora import find_weights
-from .prompts import read_prompts
-from .report import write_report
+from .appearance import load_embedding
+from .compare import Comparison, check_inputs, compare_judged
+from .graders import Grader
+from .models import BASE, ModelSpec, locate, parse_models, switched_on
+from .panel import Judged, Panel
+from .pictures import Picture, SamplingSettings, draw, path_identity, pipeline_identity
+from .prompts import read_prompt_set
+from .report import ModelResult, write_evaluation
+from .roles import read_training
 
 
 def evaluate(
     model: str,
-    aligned: str | Path,
+    aligned: str | Path | ModelSpec | Sequence[str | Path | ModelSpec],
     prompts: Sequence[str] | Path | str,
     *,
     output_dir: str | Path,
     seeds: int = 4,
     steps: int = 25,
-    guidance: float = 5.0,
-    reward_models: Sequence[str | RewardModel] = ("shapes-strict", "shapes"),
+    guidance: float | Sequence[float] = 5.0,
+    reward_models: Sequence[str | RewardModel | PairwiseRewardModel] = ("shapes-strict", "shapes"),
+    grader: Grader | None = None,
+    trained_on: Sequence[str] | None = None,
+    embedding: str = "pixels",
     num_prompts: int | None = None,
     batch_size: int = 16,
     height: int | None = None,
@@ -40,20 +50,29 @@ def evaluate(
     method: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compare a base model and an aligned one and write ``report.json``, ``report.html`` and ``grid.png``.
+    """Compare a base model and aligned ones and write ``report.json``, ``report.html`` and ``grid.png``.
+
+    Pictures and scores that an earlier call left in ``output_dir`` are used again where model, settings, prompt and
+    scorer are equal, so a stopped evaluation continues.
 
     Args:
         model: the base: ``shapes``, a hub id or a folder.
-        aligned: folder of a LoRA or of a pipeline, or of the training run that made it.
-        prompts: a list, a file, or ``shapes:heldout`` / ``shapes:seen``; see :func:`read_prompts`.
-        output_dir: of the report; all pictures are kept under ``pictures/``.
+        aligned: one model or several: folder of a LoRA or of a pipeline, or of the training run that made it; see
+            :func:`diffalign.evaluation.models.parse_models` for names and negative guidance.
+        prompts: a list, a file, or a set by name; see :func:`read_prompt_set`.
+        output_dir: of the report; all pictures are kept under ``pictures/``, all scores under ``scores/``.
         seeds: pictures per prompt and model; seeds 0, 1, ...
-        steps, guidance, batch_size, height, width: see :class:`SamplingSettings`.
+        steps, batch_size, height, width: see :class:`SamplingSettings`.
+        guidance: one scale, or several to sweep; each model is compared with the base at the same scale, and the first
+            scale is the one the report is about.
         reward_models: names (:func:`reward_models.load_reward_model`) or ready models; the first picks the pictures.
+        grader: answers the entries of a benchmark's prompt set.
+        trained_on: scores that made the preferences, beside those that the training runs record.
+        embedding: for diversity and drift: ``pixels``, ``clip`` or ``package.module:function``.
         num_prompts: use only so many prompts.
         dtype: precision of the weights: fp32, fp16 or bf16; fp16 on a GPU and fp32 elsewhere when None.
         device: where to draw; the GPU when there is one.
-        method: name in the report; read from the training run when None.
+        method: name of the first model's method in the report; read from the training run when None.
         progress: show progress bars.
 
     Returns:
@@ -66,48 +85,139 @@ def evaluate(
     began = time.perf_counter()
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}.")
-    kind, weights = find_weights(aligned)
-    texts = read_prompts(prompts, limit=num_prompts)
+    models = parse_models(aligned)
+    places = [locate(one, model) for one in models]
+    found = read_prompt_set(prompts, limit=num_prompts)
+    if grader is not None and found.items is None:
+        raise ConfigError(f"{found.name} has no entries that {grader.name} could grade; give the benchmark's own file.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     scorers = _load_scorers(reward_models, device)
-    sampling = SamplingSettings(steps, guidance, batch_size, height, width)
+    check_inputs(found.prompts, range(seeds), [*scorers, *([grader] if grader else [])])
+    output, numbers = Path(output_dir), list(range(seeds))
+    panel = Panel(
+        [prompt for prompt in found.prompts for _ in numbers],
+        scorers,
+        grader,
+        [item for item in found.items for _ in numbers] if grader and found.items else None,
+        load_embedding(embedding),
+        output / "scores",
+    )
+    scales = [guidance] if isinstance(guidance, (int, float)) else list(guidance)
+    if not scales or len(set(scales)) < len(scales):
+        raise ConfigError(f"expected one or more different guidance scales, got {scales}.")
+    sampling = SamplingSettings(steps, scales[0], batch_size, height, width)
     dtype = dtype or ("fp16" if device.startswith("cuda") else "fp32")
-    output = Path(output_dir)
-    pictures = output / "pictures"
-    base = load_pipeline(model, dtype=dtype).to(device)
-    loaded = time.perf_counter()
-    numbers = list(range(seeds))
-    if kind == "lora":
-        comparison = compare(
-            base, weights, texts, numbers, scorers, sampling=sampling, picture_folder=pictures, progress=progress
-        )
-    else:
-        base_pictures = draw(base, texts, numbers, sampling, pictures / "base", progress=progress)
-        middle = time.perf_counter()
-        del base  # two large models need not fit in memory together
+    artist = _Artist(found.prompts, numbers, sampling, scales, output / "pictures", dtype, device, progress)
+
+    pictures, identities, seconds = artist.draw_all(model, models, places)
+    scored = time.perf_counter()
+    judged = {key: panel.judge(files) for key, files in pictures.items()}
+    results = []
+    for one in models:
+        training = read_training(one.path)
+        if method is not None and one is models[0]:
+            training = replace(training, method=method)
+        known = training.trained_on if trained_on is None else (*(training.trained_on or ()), *trained_on)
+        results.append(ModelResult(one, [], training, known, identities[one.name]))
+        for scale in scales:
+            sides = judged[BASE, scale], judged[one.name, scale]
+            results[-1].sweep.append(_compare(found.prompts, numbers, *sides, panel, sampling, scale, found.tasks, one))
+    seconds["score"] = time.perf_counter() - scored
+    seconds["load"] = time.perf_counter() - began - sum(seconds.values())
+    results[0].comparison.seconds = seconds
+    extra = {"prompt_set": found.name}
+    return write_evaluation(results, output, base_name=str(model), extra=extra)
+
+
+@dataclass
+class _Artist:
+    """Draws the pictures of every model at every guidance scale, with as few loads as possible."""
+
+    prompts: list[str]
+    seeds: list[int]
+    sampling: SamplingSettings
+    scales: list[float]
+    folder: Path
+    dtype: str
+    device: str
+    progress: bool
+
+    def draw_all(
+        self, base: str, models: Sequence[ModelSpec], places: Sequence[tuple[str, Path | str]]
+    ) -> tuple[dict[tuple[str, float], list[Picture]], dict[str, str | None], dict[str, float]]:
+        """Pictures by (model, guidance), identities by model, seconds by stage."""
+        pictures: dict[tuple[str, float], list[Picture]] = {}
+        identities: dict[str, str | None] = {}
+        seconds: dict[str, float] = {}
+
+        def turn(pipeline: DiffusionPipeline, name: str, identity: str | None) -> None:
+            began = time.perf_counter()
+            identities[name] = identity
+            for scale in self.scales:
+                pictures[name, scale] = self._draw(pipeline, name, scale, identity)
+            seconds[f"generate_{name}"] = time.perf_counter() - began
+
+        with self._loaded(base) as pipeline:
+            own = pipeline_identity(pipeline)
+            turn(pipeline, BASE, own)
+            for model, (kind, place) in zip(models, places, strict=True):
+                if kind != "pipeline":
+                    lora = place if isinstance(place, Path) else None
+                    with switched_on(pipeline, model, lora):
+                        turn(pipeline, model.name, _identity(own, model, lora))
+        del pipeline  # two large models need not fit in memory together
         gc.collect()
-        other = load_pipeline(weights, dtype=dtype).to(device)
-        aligned_pictures = draw(other, texts, numbers, sampling, pictures / "aligned", progress=progress)
-        seconds = {"generate_base": middle - loaded, "generate_aligned": time.perf_counter() - middle}
-        comparison = compare_pictures(
-            texts, numbers, base_pictures, aligned_pictures, scorers, sampling=sampling, seconds=seconds
-        )
-    comparison.seconds = {"load": loaded - began, **comparison.seconds}
-    name = method or _method_of(Path(aligned)) or "aligned"
-    return write_report(comparison, output, method=name, base_name=str(model), aligned_name=str(aligned))
+        for model, (kind, place) in zip(models, places, strict=True):
+            if kind == "pipeline":
+                with self._loaded(place) as other:
+                    own = pipeline_identity(other)
+                    with switched_on(other, model, None):
+                        turn(other, model.name, _identity(own, model, None))
+                del other
+                gc.collect()
+        return pictures, identities, seconds
+
+    @contextmanager
+    def _loaded(self, name: str | Path) -> Iterator[DiffusionPipeline]:
+        yield load_pipeline(name, dtype=self.dtype).to(self.device)
+
+    def _draw(self, pipeline: DiffusionPipeline, name: str, scale: float, identity: str | None) -> list[Picture]:
+        folder = self.folder / name if len(self.scales) == 1 else self.folder / name / f"guidance-{scale:g}"
+        sampling = replace(self.sampling, guidance=scale)
+        return draw(
+            pipeline, self.prompts, self.seeds, sampling, folder, identity=identity, progress=self.progress
+        )  # fmt: skip
 
 
-def _load_scorers(names: Sequence[str | RewardModel], device: str) -> list[RewardModel]:
+def _compare(
+    prompts: list[str],
+    seeds: list[int],
+    base: Judged,
+    aligned: Judged,
+    panel: Panel,
+    sampling: SamplingSettings,
+    scale: float,
+    tasks: list[str] | None,
+    model: ModelSpec,
+) -> Comparison:
+    sampling = replace(sampling, guidance=scale)
+    return compare_judged(prompts, seeds, base, aligned, panel, sampling=sampling, tasks=tasks, name=model.name)
+
+
+def _identity(own: str, model: ModelSpec, lora: Path | None) -> str | None:
+    """Of a pipeline with what is switched on in it; None when a part is not on this disk."""
+    parts: list[str | None] = [own]
+    if lora is not None:
+        parts.append(path_identity(lora))
+    if model.negative is not None:
+        parts += [path_identity(model.negative), f"alpha={model.alpha}", f"beta={model.beta}"]
+    return None if None in parts else "+".join(part for part in parts if part)
+
+
+def _load_scorers(
+    names: Sequence[str | RewardModel | PairwiseRewardModel], device: str
+) -> list[RewardModel | PairwiseRewardModel]:
     try:
-        return [load_reward_model(name, device=device) for name in names]
+        return [load_reward_model(name, device=device) for name in names]  # type: ignore[arg-type]
     except RewardModelError as error:
         raise ConfigError(str(error)) from error
-
-
-def _method_of(folder: Path) -> str | None:
-    """The method that the training report beside the weights names."""
-    for file in (folder / "training_report.json", folder.parent / "training_report.json"):
-        if file.is_file():
-            method = json.loads(file.read_text(encoding="utf-8")).get("method")
-            return method if isinstance(method, str) else None
-    return None

@@ -38,6 +38,12 @@ def most_changed(comparison: Comparison, primary: str, count: int, *, better: bo
     return [index for index in sorted(order, key=key, reverse=True) if key(index)[0] > 0][:count]
 
 
+def most_moved(comparison: Comparison, count: int) -> list[int]:
+    """The pairs whose two pictures are farthest apart; equal pictures are never among them."""
+    order = sorted(range(len(comparison.moved)), key=lambda index: -comparison.moved[index])
+    return [index for index in order if comparison.moved[index] > 0][:count]
+
+
 def is_verdict(comparison: Comparison, name: str) -> bool:
     """True for a score that says right (1) or wrong (0) and nothing between."""
     values = {v for scores in (comparison.base_scores, comparison.aligned_scores) for v in scores[name] if v == v}

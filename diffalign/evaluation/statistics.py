@@ -55,14 +55,14 @@ class PairedResult:
     def to_json(self) -> dict[str, Any]:
         """The entry of one score in ``report.json``; NaN becomes null."""
         return {
-            "base": _number(self.base),
-            "aligned": _number(self.aligned),
-            "difference": {**_interval(self.difference, "mean"), "n": self.n},
+            "base": json_number(self.base),
+            "aligned": json_number(self.aligned),
+            "difference": {**interval_json(self.difference, "mean"), "n": self.n},
             "win_rate": {
-                **_interval(self.win_rate, "value"),
-                "wins": _number(self.wins),
-                "ties": _number(self.ties),
-                "losses": _number(self.losses),
+                **interval_json(self.win_rate, "value"),
+                "wins": json_number(self.wins),
+                "ties": json_number(self.ties),
+                "losses": json_number(self.losses),
             },
             "missing": self.missing,
             "resampled_prompts": self.prompts,
@@ -113,6 +113,56 @@ def compare_paired(
     )
 
 
+@dataclass(frozen=True)
+class SignTest:
+    """Two-sided exact sign test over prompts.
+
+    Args:
+        wins, losses, ties: prompts whose mean difference is above, below and at zero.
+        p: probability of a split at least as uneven when neither model is better; 1 when every prompt is a tie, NaN
+            without prompts.
+    """
+
+    wins: int
+    losses: int
+    ties: int
+    p: float
+
+
+def sign_test(base: ArrayLike, aligned: ArrayLike, prompts: Sequence[Hashable]) -> SignTest:
+    """Is the aligned model better on more prompts than it is worse on?
+
+    The pictures of a prompt are averaged first: they are not independent. Ties say nothing and are left out. For a
+    right-or-wrong score with one picture a prompt this is McNemar's exact test.
+
+    Args:
+        base, aligned: (N,) scores of the same (prompt, seed) pairs; NaN is missing.
+        prompts: N prompts; equal ones form a cluster.
+    """
+    change = np.asarray(aligned, dtype=np.float64) - np.asarray(base, dtype=np.float64)
+    kept = np.isfinite(change)
+    ids = cluster_ids([prompt for prompt, keep in zip(prompts, kept, strict=True) if keep])
+    if not len(ids):
+        return SignTest(0, 0, 0, math.nan)
+    means = np.bincount(ids, weights=change[kept]) / np.bincount(ids)
+    wins, losses = int((means > 0).sum()), int((means < 0).sum())
+    p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return SignTest(wins, losses, len(means) - wins - losses, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted so that the chance of even one false claim among all of them stays at the level asked for.
+
+    Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure". NaN stays NaN and counts as no test.
+    """
+    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, highest = [math.nan] * len(p_values), 0.0
+    for place, (p, index) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - place)))
+        adjusted[index] = highest
+    return adjusted
+
+
 def bootstrap_mean(
     values: ArrayLike,
     clusters: ArrayLike | None = None,
@@ -146,9 +196,14 @@ def bootstrap_mean(
     if m < 2:
         return Interval(float(values.mean()), math.nan, math.nan)
     means = _resampled_means(sums, counts, resamples, np.random.default_rng(seed))
-    tail = stats.norm.cdf(math.sqrt(m / (m - 1)) * stats.t.ppf((1 - confidence) / 2, m - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(values.mean()), *expanded_percentiles(means, m, confidence))
+
+
+def expanded_percentiles(resampled: ArrayLike, units: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds from resampled statistics of ``units`` >= 2 resampled units; see :func:`bootstrap_mean`."""
+    tail = stats.norm.cdf(math.sqrt(units / (units - 1)) * stats.t.ppf((1 - confidence) / 2, units - 1))
+    low, high = np.quantile(np.asarray(resampled), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def cluster_ids(keys: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -169,11 +224,13 @@ def _resampled_means(
     return np.concatenate(means)
 
 
-def _number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
+    """JSON has no NaN: null stands for a missing number."""
     return None if math.isnan(value) else value
 
 
-def _interval(interval: Interval, name: str) -> dict[str, Any]:
-    values = {key: _number(value) for key, value in asdict(interval).items()}
+def interval_json(interval: Interval, name: str) -> dict[str, Any]:
+    """``{name: mean, "ci95": [low, high]}``; NaN becomes null, and so do bounds of which one is missing."""
+    values = {key: json_number(value) for key, value in asdict(interval).items()}
     known = values["low"] is not None and values["high"] is not None
     return {name: values["mean"], "ci95": [values["low"], values["high"]] if known else None}

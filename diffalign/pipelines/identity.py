@@ -22,7 +22,7 @@ def vae_identity(vae: ModelMixin, dtype: torch.dtype) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     _add_json(digest, {"config": config, "run_in": str(dtype)})
-    _add_weights(digest, vae)
+    add_weights(digest, vae)
     return digest.hexdigest()
 
 
@@ -36,7 +36,7 @@ def text_identity(
     _add_json(digest, dict(flags))
     for encoder in encoders:
         _add_json(digest, {k: v for k, v in encoder.config.to_dict().items() if k not in _INCIDENTAL})
-        _add_weights(digest, encoder)
+        add_weights(digest, encoder)
     for tokenizer in tokenizers:
         if tokenizer is not None:
             _add_json(digest, _tokenizer(tokenizer))
@@ -58,7 +58,8 @@ def _add_json(digest: Any, value: Any) -> None:
     digest.update(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def _add_weights(digest: Any, module: nn.Module) -> None:
+def add_weights(digest: Any, module: nn.Module) -> None:
+    """Add names, types, shapes and bytes of a module's weights to a hash."""
     for name, tensor in sorted(module.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

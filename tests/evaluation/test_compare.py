@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -157,9 +158,10 @@ def test_evaluate_writes_a_report_for_a_lora_run(lora_folder, base_folder, tmp_p
 
 
 def test_evaluate_takes_a_whole_pipeline(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "same")
     report = evaluate(
         str(base_folder),
-        base_folder,
+        tmp_path / "same",
         PROMPTS,
         output_dir=tmp_path,
         seeds=1,
@@ -201,7 +203,10 @@ def test_the_page_stands_alone_escapes_prompts_and_describes_every_picture(compa
     assert "prefers-color-scheme: dark" in page
     images = re.findall(r"<img [^>]*>", page)
     assert images and all('alt="' in image and 'alt=""' not in image for image in images)
-    assert page.count("What am I looking at") == 4
+    panels = re.findall(r"<h2>([^<]+)</h2><p class=\"what\">What am I looking at", page)
+    assert panels == [
+        *("All scores", "Appearance", "Worst regressions", "Largest changes", "Random pairs", "Largest improvements")
+    ]
     data = re.search(r"data:image/png;base64,([^\"]+)", page)
     assert Image.open(io.BytesIO(base64.b64decode(data[1]))).size == (48, 32)
     with Image.open(tmp_path / "grid.png") as grid:

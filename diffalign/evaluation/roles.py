@@ -1,0 +1,120 @@
+"""What a model was trained on, so that a report can say which scores are held out.
+
+A score that made the preferences says how well training went, not whether pictures became better: a model can learn the
+scorer's mistakes. Only a hold-out score speaks about the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.judgement import read_scores
+from ..data.sources import SCORE_RANGES, open_table
+from ..errors import DataError
+
+TRAINED_ON, RELATED, HOLD_OUT, UNKNOWN = "trained-on", "related", "hold-out", "unknown"
+MEANING = {
+    TRAINED_ON: "made the preferences",
+    RELATED: "shares its parts with a score that made the preferences",
+    HOLD_OUT: "not used in training",
+    UNKNOWN: "training is not recorded",
+}
+
+#: Scores that are one judge in two forms.
+FAMILIES = ({"shapes", "shapes-strict"},)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is recorded about a training run; None or empty where nothing is.
+
+    Args:
+        method: for example ``dpo``.
+        seed: run seed.
+        commit: of the code that trained it.
+        trained_on: names of the scores that made its preferences; None when not recorded.
+    """
+
+    method: str | None = None
+    seed: int | None = None
+    commit: str | None = None
+    trained_on: tuple[str, ...] | None = None
+
+
+def read_training(path: str | Path) -> Training:
+    """Read the run that made the weights at ``path``: the folder of a run, its ``final``, or a file in that."""
+    place = Path(path)
+    for folder in (place, place.parent, place.parent.parent) if place.exists() else ():
+        report, config = _json(folder / "training_report.json"), _yaml(folder / "config.yaml")
+        if not report and "method" not in config:
+            continue
+        settings = _json(folder / "training_config.json")
+        method, commit = report.get("method", config.get("method")), report.get("commit")
+        seed = config.get("seed", settings.get("seed"))
+        return Training(
+            method if isinstance(method, str) else None,
+            seed if isinstance(seed, int) else None,
+            commit if isinstance(commit, str) else None,
+            _trained_on(config),
+        )
+    return Training()
+
+
+def role(score: str, trained_on: Sequence[str] | None) -> str:
+    """One of the four roles of a score for a model."""
+    if trained_on is None:
+        return UNKNOWN
+    if score in trained_on:
+        return TRAINED_ON
+    if any(score in family and family.intersection(trained_on) for family in FAMILIES):
+        return RELATED
+    return HOLD_OUT
+
+
+def _trained_on(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Scores named by the run's config, else those in its table."""
+    for key in ("dataset_score", "reward_models", "rewards"):  # offline methods, online methods
+        named = config.get(key)
+        if isinstance(named, str):
+            return (named,)
+        if isinstance(named, (list, tuple, dict)) and named and all(isinstance(name, str) for name in named):
+            return tuple(named)
+    dataset = config.get("dataset")
+    return _scores_of(Path(dataset)) if isinstance(dataset, str) else None
+
+
+def _scores_of(folder: Path) -> tuple[str, ...] | None:
+    if not folder.is_dir():  # on the hub, or moved: asking the network for a role is not worth it
+        return None
+    names = tuple(_json(folder / SCORE_RANGES))
+    if names:
+        return names
+    try:
+        cells = next(iter(open_table(folder, split="train", revision=None).outlines()))
+        images = cells.get("images")
+        count = images if isinstance(images, int) else len(images or [])
+        return tuple(read_scores(cells.get("scores"), count, "row 0")) or None
+    except (DataError, StopIteration):
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
