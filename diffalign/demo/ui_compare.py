@@ -1,0 +1,138 @@
+"""The tab that compares: pictures with scores, a slider, and running win rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from .charts import rate_chart
+from .engine import Ask, Picture
+from .session import Session, StoppedError
+from .sheet import VIEWS, hint, render_sheet, render_standings
+from .ui import DRAWING, QUICK, Demo, Inputs, told
+
+Drawn = tuple[Ask, list[Picture]] | None
+
+
+def build(demo: Demo, inputs: Inputs) -> None:
+    """Lay the tab out and wire it."""
+    gr.HTML(
+        hint(
+            "Every model starts from the same noise, so what differs is what training changed. Under each picture: "
+            "scores of the reward models; ★ and a green frame mark the best. A score is not a person's opinion."
+        )
+    )
+    with gr.Row():
+        go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=140)
+        stop = gr.Button("Cancel", elem_id="cancel", min_width=140)
+        view = gr.Radio(VIEWS, value=VIEWS[0], label="View", elem_id="view", min_width=220)
+    status = gr.HTML(_status("Nothing drawn yet."), elem_id="status")
+    drawn = gr.State(None)
+    sheet = gr.HTML(elem_id="sheet", label="Pictures")
+    with gr.Accordion("Slide between two models", open=True, visible=False) as sliding:
+        gr.HTML(hint("One picture over another: drag the handle, or use the arrow keys, to see where they differ."))
+        with gr.Row():
+            left = gr.Dropdown([], label="Left", elem_id="slide-left", min_width=140)
+            right = gr.Dropdown([], label="Right", elem_id="slide-right", min_width=140)
+            cell = gr.Dropdown([], label="Prompt and seed", elem_id="slide-cell", min_width=200)
+        slider = gr.ImageSlider(
+            label="Left and right model", type="filepath", max_height=420, elem_id="slider", buttons=[]
+        )
+    gr.HTML(
+        hint(
+            "Win rates so far on this page: how often a model scores above the first one on the same prompt and seed. "
+            "An interval that holds 0.5 means: not decided."
+        )
+    )
+    with gr.Row():
+        rates = gr.HTML(elem_id="rates", min_width=320)
+        chart = gr.HTML(elem_id="rate-chart", min_width=320)
+
+    @told
+    def generate(*values: Any, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
+        *settings, chosen_view = values
+        session = demo.engine.sessions[request.session_hash]
+        ask = demo.ask(*settings)
+        pictures: list[Picture] = []
+        progress(0.0, desc="waiting for the models")
+        try:
+            for part in demo.engine.compare(ask, session, lambda share, text: progress(share, desc=text)):
+                pictures += part
+                total = len(ask.cells) * len(ask.models)
+                words = f"{len(pictures)} of {total} pictures"
+                yield _status(words), render_sheet(pictures, ask, chosen_view), (ask, pictures), *_tables(demo, session)
+        except StoppedError:
+            yield (
+                _status("Stopped."),
+                render_sheet(pictures, ask, chosen_view),
+                (ask, pictures),
+                *_tables(demo, session),
+            )
+
+    def cancel(request: gr.Request) -> str:
+        demo.engine.sessions[request.session_hash].stop()
+        return _status("Stopped.")
+
+    def show(drawn: Drawn, view: str) -> str:
+        return render_sheet(drawn[1], drawn[0], view) if drawn else ""
+
+    outputs = [status, sheet, drawn, rates, chart]
+    run = go.click(generate, [*inputs.all, view], outputs, show_progress_on=[status], **DRAWING)
+    run.then(_choices, [drawn, left, right], [sliding, left, right, cell], **QUICK).then(
+        _slide, [drawn, left, right, cell], slider, **QUICK
+    )
+    stop.click(cancel, None, status, cancels=[run], queue=False, api_visibility="private")
+    view.change(show, [drawn, view], sheet, **QUICK)
+    for choice in (left, right, cell):
+        choice.input(_slide, [drawn, left, right, cell], slider, **QUICK)
+
+
+def _status(words: str) -> str:
+    return f"<div class='status' role='status' aria-live='polite'>{words}</div>"
+
+
+def _tables(demo: Demo, session: Session) -> tuple[str, str]:
+    """Table and chart of every score that gave numbers."""
+    labels, tally = demo.engine.labels, session.tally
+    scores = tally.scores() if len(labels) > 1 else []
+    standings = {score: tally.standings(score, labels) for score in scores}
+    shown = {score: [s for s in rows if s.rate.mean == s.rate.mean] for score, rows in standings.items()}
+    tables = "".join(render_standings(rows, score) for score, rows in shown.items() if rows)
+    first = next((score for score, rows in shown.items() if rows), None)
+    return tables, rate_chart(shown[first], first) if first else ""
+
+
+def _choices(drawn: Drawn, left: str, right: str) -> tuple[Any, Any, Any, Any]:
+    """What the slider can show of the pictures that are there."""
+    if not drawn:
+        return gr.Accordion(visible=False), gr.Dropdown(), gr.Dropdown(), gr.Dropdown()
+    ask, pictures = drawn
+    models = [model for model in ask.models if any(picture.model == model for picture in pictures)]
+    names = _cell_names(ask)
+    first = left if left in models else models[0]
+    second = right if right in models and right != first else next((m for m in models if m != first), first)
+    return (
+        gr.Accordion(visible=len(models) > 1),
+        gr.Dropdown(choices=models, value=first),
+        gr.Dropdown(choices=models, value=second),
+        gr.Dropdown(choices=names, value=names[0]),
+    )
+
+
+def _cell_names(ask: Ask) -> list[str]:
+    return [f"{prompt} · seed {seed}" for prompt, seed in ask.cells]
+
+
+def _slide(drawn: Drawn, left: str, right: str, cell: str) -> tuple[str, str] | None:
+    if not drawn or cell not in (names := _cell_names(drawn[0])):
+        return None
+    prompt, seed = drawn[0].cells[names.index(cell)]
+    paths = [_path(drawn[1], prompt, seed, model) for model in (left, right)]
+    return (paths[0], paths[1]) if paths[0] and paths[1] else None
+
+
+def _path(pictures: Sequence[Picture], prompt: str, seed: int, model: str) -> str | None:
+    found = (p for p in pictures if (p.prompt, p.seed, p.model) == (prompt, seed, model))
+    return next((str(picture.path) for picture in found if picture.path.exists()), None)
