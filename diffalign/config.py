@@ -24,7 +24,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import ConfigError
-from .trainers.config import PreferenceConfig
+from .trainers.config import PreferenceConfig, PrefGRPOConfig
 from .yaml_dialect import SCALARS, Dumper, Loader
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ METHODS = {
     "smpo": Method("diffalign.trainers.smpo:SmPOTrainer", "diffalign.trainers.config:SmPOConfig"),
     "rankdpo": Method("diffalign.trainers.rankdpo:RankDPOTrainer", "diffalign.trainers.config:RankDPOConfig"),
     "sft": Method("diffalign.trainers.sft:SFTTrainer", "diffalign.trainers.config:SFTConfig"),
+    "prefgrpo": Method("diffalign.trainers.grpo.trainer:PrefGRPOTrainer", "diffalign.trainers.config:PrefGRPOConfig"),
+    "selfnpo": Method("diffalign.trainers.selfnpo:SelfNPOTrainer", "diffalign.trainers.config:SelfNPOConfig"),
 }
 
 
@@ -268,9 +270,18 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("images_per_pass", "precompute_reference", "draws_per_row", "max_prompt_tokens"), _COUNT),
     **dict.fromkeys(("density_std", "gamma", "kappa", "margin_scale", "exponent", "log_base"), _POSITIVE),
     **dict.fromkeys(("sft_weight", "margin_weight", "inversion_steps", "renoise", "guidance_embedding"), _NOT_NEGATIVE),
-    **dict.fromkeys(("curriculum_stages", "list_size"), (2, math.inf, True)),
+    **dict.fromkeys(("curriculum_stages", "list_size", "group_size"), (2, math.inf, True)),
+    **dict.fromkeys(("prompts_per_rollout", "updates_per_rollout", "sampling_steps", "sde_window"), _COUNT),
+    **dict.fromkeys(("sde_window_stay", "opponents", "holdout_every", "holdout_count"), _COUNT),
+    **dict.fromkeys(("noise_level", "guidance_scale", "final_steps", "tie_margin", "kl_weight"), _NOT_NEGATIVE),
+    **dict.fromkeys(("min_spread", "judge_patience"), _NOT_NEGATIVE),
+    **dict.fromkeys(("advantage_clip", "reward_timeout", "clip_range"), _POSITIVE),
+    "timestep_fraction": (0, 1, False),
+    **dict.fromkeys(("truncation_steps",), _COUNT),
+    **dict.fromkeys(("huber_c",), _POSITIVE),
+    **dict.fromkeys(("negative_share", "teacher_decay"), _SHARE),
 }
-BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout")
+BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout", "teacher_decay")
 BELOW_HALF = ("label_smoothing", "target_gradient_factor")
 
 
@@ -326,6 +337,8 @@ def _check_combinations(config: TrainingConfig) -> None:
     )
     if isinstance(c, PreferenceConfig):
         _check_preference_combinations(c)
+    if isinstance(c, PrefGRPOConfig):
+        _check_grpo_combinations(c)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -369,6 +382,31 @@ def _check_preference_combinations(c: PreferenceConfig) -> None:
     )
 
 
+def _check_grpo_combinations(c: PrefGRPOConfig) -> None:
+    _require(
+        c.gradient_accumulation_steps == 1,
+        f"gradient_accumulation_steps={c.gradient_accumulation_steps} has no effect: the pictures of an update are run "
+        "in parts of batch_size. Choose prompts_per_rollout, group_size and updates_per_rollout.",
+    )
+    _require(
+        c.lora_dropout == 0,
+        f"lora_dropout={c.lora_dropout} would make the replay of a picture differ from its drawing: set it to 0.",
+    )
+    _require(
+        (c.pairing == "opponents") == (c.opponents is not None),
+        f"pairing={c.pairing} with opponents={_yaml(c.opponents)}: opponents belongs to pairing=opponents and to no "
+        "other.",
+    )
+    _require(
+        not c.reward_weights or not c.rewards or len(c.reward_weights) == len(c.rewards),
+        f"reward_weights must have one weight for each of rewards; got {len(c.reward_weights)} for {len(c.rewards)}.",
+    )
+    _require(
+        (c.holdout_every is None) == (c.holdout_prompts is None),
+        f"holdout_every={_yaml(c.holdout_every)} and holdout_prompts={_yaml(c.holdout_prompts)} need each other.",
+    )
+
+
 def _check_idle(config: TrainingConfig) -> None:
     """Refuse a setting that was changed from its default although another one keeps it from being read."""
     c, own = config, vars(config)
@@ -388,12 +426,21 @@ def _check_idle(config: TrainingConfig) -> None:
         (own.get("variant") == "code", "variant=code", ["exponent"]),
         ("gamma" in own and own["score"] is None, "score=null", ["score_range", "contradiction"]),
         (own.get("inversion_steps") == 0, "inversion_steps=0", ["renoise", "inverter"]),
+        (own.get("teacher") == "frozen", "teacher=frozen", ["teacher_decay"]),
+        (own.get("teacher") == "ema", "teacher=ema (nothing is copied)", ["reference_dtype"]),
+        (own.get("loss") == "mse", "loss=mse", ["huber_c"]),
         (own.get("weighting") == "none", "weighting=none", ["gain", "log_base", "rank_source"]),
         (own.get("weighting") == "gain", "weighting=gain", ["log_base", "rank_source"]),
         (c.optimizer == "adafactor", "optimizer=adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
         (c.lr_schedule == "constant", "lr_schedule=constant (use constant_with_warmup)", ["warmup_steps"]),
         (bool(own.get("timesteps")), "a list of timesteps", ["min_timestep", "max_timestep"]),
         (c.validate_every is None, "validate_every=null", ["validation_prompts"]),
+        (own.get("reward") == "score", "reward=score", ["pairing", "opponents", "both_orders", "tie_margin"]),
+        (own.get("kl_weight") == 0, "kl_weight=0", ["kl_form", "reference_dtype"]),
+        (own.get("guidance_scale", 2) <= 1, "guidance_scale of 1 or less", ["guidance_gradient"]),
+        ("sde_window" in own and own["sde_window"] is None, "sde_window=null", ["sde_window_moves", "sde_window_stay"]),
+        (own.get("sde_window_moves") == "random", "sde_window_moves=random", ["sde_window_stay"]),
+        ("holdout_every" in own and own["holdout_every"] is None, "holdout_every=null", ["holdout_rewards"]),
         (not c.push_to_hub, "push_to_hub=false", ["hub_model_id", "hub_private"]),
     ]
     settings = _fields(type(c))

@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Protocol
 
@@ -38,6 +38,11 @@ class Example:
     def margin(self) -> float:
         """How clear the judgement is: preference of the first above the last."""
         return self.preference[0] - self.preference[-1]
+
+    def reversed(self) -> Example:
+        """The same images judged the other way round; how sure the judgement is stays."""
+        shares = tuple(1 - share for share in self.preference[::-1])
+        return replace(self, candidates=self.candidates[::-1], preference=shares)
 
 
 class Judged(Protocol):

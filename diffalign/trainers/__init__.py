@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .base import PreferenceTrainer
-    from .config import DPOConfig, MaPOConfig, RankDPOConfig, SFTConfig, SmPOConfig, TrainingConfig
+    from .config import (
+        DPOConfig,
+        MaPOConfig,
+        PrefGRPOConfig,
+        RankDPOConfig,
+        SelfNPOConfig,
+        SFTConfig,
+        SmPOConfig,
+        TrainingConfig,
+    )
     from .dpo import DPOTrainer
+    from .grpo.trainer import PrefGRPOTrainer
     from .mapo import MaPOTrainer
     from .rankdpo import RankDPOTrainer
+    from .selfnpo import SelfNPOTrainer
     from .sft import SFTTrainer
     from .smpo import SmPOTrainer
 
@@ -19,11 +30,15 @@ _HOME = {
     "DPOTrainer": "dpo",
     "MaPOConfig": "config",
     "MaPOTrainer": "mapo",
+    "PrefGRPOConfig": "config",
+    "PrefGRPOTrainer": "grpo.trainer",
     "PreferenceTrainer": "base",
     "RankDPOConfig": "config",
     "RankDPOTrainer": "rankdpo",
     "SFTConfig": "config",
     "SFTTrainer": "sft",
+    "SelfNPOConfig": "config",
+    "SelfNPOTrainer": "selfnpo",
     "SmPOConfig": "config",
     "SmPOTrainer": "smpo",
     "TrainingConfig": "config",
@@ -34,11 +49,15 @@ __all__ = [
     "DPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
+    "PrefGRPOConfig",
+    "PrefGRPOTrainer",
     "PreferenceTrainer",
     "RankDPOConfig",
     "RankDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
+    "SelfNPOConfig",
+    "SelfNPOTrainer",
     "SmPOConfig",
     "SmPOTrainer",
     "TrainingConfig",

@@ -56,6 +56,8 @@ class PreferenceTrainer(TrainingLoop):
     ) -> None:
         super().__init__(pipeline, config, train_dataset, accelerator, base_model=base_model)
         self.examples, self.pair_counts = self.select_examples()
+        if config.negative:
+            self.examples = [example.reversed() for example in self.examples]
         if not self.examples:
             raise DataError(f"no row of the table gives a pair to train on: {self.pair_counts}.")
         total_steps = self.steps_of(len(self.examples))
@@ -128,6 +130,8 @@ class PreferenceTrainer(TrainingLoop):
     def _identity(self) -> dict[str, Any]:
         rows = hashlib.blake2b("".join(self.collate.row_ids).encode(), digest_size=8).hexdigest()
         data: dict[str, Any] = {"data": rows, "examples": len(self.examples)}
+        if self.config.negative:
+            data["negative"] = True
         if self.config.curriculum_stages:  # the stages divide the length of the run
             data["curriculum"] = [self.config.curriculum_stages, self.total_steps]
         return super()._identity() | data

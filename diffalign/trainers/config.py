@@ -122,6 +122,9 @@ class PreferenceConfig(TrainingConfig):
     )
     min_margin: float = option(0.0, "Drop pairs whose preference differs by less than this.")
     ties: Literal["drop", "soft"] = option("drop", "Ties are dropped (and counted), or kept with probability 1/2.")
+    negative: bool = option(
+        False, "Reverse all preferences: trains a negative model for guidance (Diffusion-NPO), not a better one."
+    )
     curriculum_stages: int | None = option(
         None, "Train in this many stages of equal length, the clearest preferences first; None mixes all."
     )
@@ -225,3 +228,113 @@ class SFTConfig(PreferenceConfig):
     """Fine-tuning on the winners alone: the control of every preference method."""
 
     has_reference: ClassVar[bool] = False
+
+
+@dataclass(kw_only=True)
+class SelfNPOConfig(TrainingConfig):
+    """Self-NPO: a negative model for guidance, from prompts alone."""
+
+    # The teacher
+    teacher: Literal["frozen", "ema"] = option(
+        "frozen", "The model at the start, or a moving average of the student, as in the authors' program."
+    )
+    teacher_decay: float | None = option(None, "`ema`: its decay; None means 0.999.")
+    teacher_guidance: float = option(
+        1.0, "Guidance scale of the teacher: 1 is conditional (the paper), 0 unconditional, below 0 against the prompt."
+    )
+    truncation_steps: int = option(5, "Steps of the teacher's walk from pure noise to where it stops.")
+
+    # The student
+    negative_share: float = option(
+        0.25, "Share of rows on which the student is told the empty prompt that it gets when used, the teacher not."
+    )
+    loss: Literal["mse", "huber"] = option("mse", "Of the difference of clean latents: squared, or pseudo-Huber.")
+    huber_c: float | None = option(None, "`huber`: where it turns from squared to absolute; None means 0.001.")
+    loss_space: Literal["default", "native", "epsilon", "x0"] = option(
+        "default", "Space of the difference. `default`: x0, which weighs noisy timesteps far above others."
+    )
+    min_timestep: int = option(0, "Lowest timestep the student is trained on (inclusive).")
+    max_timestep: int | None = option(
+        None, "Highest timestep the student is trained on (inclusive), the teacher stopping below it; None: the last."
+    )
+    cache_dir: str | None = option(None, "Folder of encoded prompts; None means output_dir/cache.")
+
+
+@dataclass(kw_only=True)
+class PrefGRPOConfig(TrainingConfig):
+    """Pref-GRPO: the policy's own pictures, judged within groups of one prompt; also plain GRPO on scores."""
+
+    # Groups
+    group_size: int = option(8, "Pictures of one prompt that are compared with each other.")
+    prompts_per_rollout: int = option(4, "Prompts, hence groups, drawn before the weights change; over all processes.")
+    updates_per_rollout: int = option(1, "Optimizer steps from one rollout, each on its share of the groups.")
+
+    # Sampling
+    sampling_steps: int = option(20, "Sampling steps of a rollout.")
+    sampler: Literal["default", "ddim", "cps", "flow_sde", "dance_sde"] = option(
+        "default", "How noise is injected; `default`: ddim, for flow models flow_sde."
+    )
+    noise_level: float | None = option(
+        None, "How much; None takes the usual: ddim 1, cps 0.8, flow_sde 0.7, dance_sde 0.3."
+    )
+    guidance_scale: float = option(5.0, "Guidance of rollouts and of training alike; 1 switches it off in both.")
+    guidance_gradient: Literal["both", "conditional"] = option(
+        "both", "Gradient through both branches of the guidance, or through the conditional one alone."
+    )
+    shared_noise: bool = option(False, "Start all pictures of a group from the same noise.")
+    latent_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Precision in which trajectories are kept.")
+
+    # Which steps are trained
+    final_steps: int | None = option(
+        None, "Last steps, drawn without noise and not trained; None means 2, for flow models 1."
+    )
+    sde_window: int | None = option(
+        None, "Inject noise in this many neighbouring steps only, and train those; None takes all but the final ones."
+    )
+    sde_window_moves: Literal["random", "sliding"] = option(
+        "random", "Where the window lies: drawn anew for each rollout, or moving from noise to picture."
+    )
+    sde_window_stay: int = option(1, "Rollouts that a sliding window stays in one place.")
+    timestep_fraction: float = option(1.0, "Share of the stochastic steps that is trained, drawn for each rollout.")
+
+    # Reward
+    reward: Literal["win_rate", "score"] = option(
+        "win_rate", "Win rates within the group (Pref-GRPO), or scores as they are (GRPO)."
+    )
+    rewards: list[str] = option([], "Reward models; options as name?key=value&key=value. A scorer can act as judge.")
+    reward_weights: list[float] = option([], "One weight each, after normalisation; empty means 1.")
+    pairing: Literal["round_robin", "opponents", "tournament"] = option(
+        "round_robin", "All pairs of a group, a random pairing with `opponents` each, or a tournament of log2 G rounds."
+    )
+    opponents: int | None = option(None, "How many others each picture meets with pairing=opponents.")
+    both_orders: bool = option(True, "Ask each pair in both orders; a judge that does so itself needs false.")
+    tie_margin: float = option(0.0, "Scores that differ by no more than this are a tie.")
+    advantage_scale: Literal["default", "group", "fixed", "none"] = option(
+        "default", "What advantages are divided by; `default`: fixed for win rates, the group's spread for scores."
+    )
+    advantage_clip: float = option(5.0, "Largest advantage.")
+    min_spread: float = option(1e-6, "Groups whose rewards differ by less have no advantage.")
+    reward_timeout: float = option(600.0, "Seconds to wait for rewards once all is drawn; late ones are missing.")
+    judge_patience: float = option(
+        300.0, "Seconds to wait for a reward model that answers nothing, before training is paused."
+    )
+
+    # Objective
+    clip_range: float = option(1e-4, "Trust region of the ratio, 1 +- this; meant for log_prob=mean.")
+    log_prob: Literal["mean", "sum"] = option("mean", "Log-densities per latent element, or of the whole latent.")
+    ratio_norm: bool = option(False, "Unbiased log-ratios with even steps (GRPO-Guard); use a larger clip_range.")
+    kl_weight: float = option(0.0, "Pull to the reference; 0 needs none.")
+    kl_form: Literal["prediction", "density"] = option(
+        "prediction", "Squared difference of predictions, or the exact KL of the steps' densities."
+    )
+
+    # Hold-out
+    holdout_every: int | None = option(None, "Optimizer steps between scores of the hold-out; None takes none.")
+    holdout_prompts: str | None = option(None, "Prompts of the hold-out: a file, or a set such as shapes:heldout.")
+    holdout_count: int = option(64, "How many of them.")
+    holdout_rewards: list[str] = option([], "Reward models that training does not see, scored on the hold-out too.")
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]
+        """Only the pull to it needs one."""
+        return self.kl_weight > 0
