@@ -24,7 +24,7 @@ from .sampling import iterate_images, picture_seed
 
 log = logging.getLogger(__name__)
 
-# What a pipeline may raise because of one prompt. Running out of memory is a RuntimeError too, and is no prompt's fault.
+# What a pipeline may raise because of one prompt. Running out of memory is among them, and is no prompt's fault.
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, OverflowError)
 
 

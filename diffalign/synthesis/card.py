@@ -70,7 +70,7 @@ def _loading() -> str:
         dataset = load_preferences("path/or/id")             # for DPOTrainer, RankDPOTrainer, ...
         ```
 
-        `preference` is the share of wins of each picture, `rank` 1 is the best and equal ranks are ties, `scores` are raw.
+        `preference` is the share of wins of each picture, `rank` 1 is the best, equal ranks are ties, `scores` are raw.
         What could not be ranked is in `set_aside/`, with the reason."""
     )
 
@@ -188,7 +188,7 @@ def push_table(folder: Path, name: str, *, private: bool = True) -> str:
             repo_id=repository.repo_id,
             repo_type="dataset",
             folder_path=folder,
-            ignore_patterns=[".work/*", "shards/*", "settings.json", "*.damaged", ".*.tmp"],
+            ignore_patterns=[".work/*", "shards/*", "settings.json", ".*.tmp"],
             commit_message="Preference table made by diffalign",
         )
     except HFValidationError as error:

@@ -317,3 +317,24 @@ def _yaml(value: Any) -> str:
 def dump(config: GenerationConfig) -> str:
     """The settings as YAML that :func:`load_generation` reads back to the same."""
     return yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class RerankConfig(RankingConfig):
+    """Another judgement of pictures that are there already."""
+
+    table: str = Field(min_length=1, description="The table: a folder, a file or a hub id.")
+    split: str = Field("train", description="Split of it.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    rescore: list[str] = Field(default_factory=list, description="Scores to make anew although the table has them.")
+    pipeline_weights: dict[str, float] = Field(
+        default_factory=dict, description="Under rank_by=pipelines: the weight of each pipeline, by name."
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> RerankConfig:
+        if bool(self.pipeline_weights) != (self.rank_by == "pipelines"):
+            raise ValueError("pipeline_weights and rank_by=pipelines need each other")
+        for name in self.rescore:
+            if name not in self.scorers:
+                raise ValueError(f"rescore: {name!r} is none of reward_models{_near(name, self.scorers)}")
+        return self

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: manifest, score ranges, report, card and picture grid, from the shards' records."""
+"""What a finished run says of itself: manifest, score ranges, report and card, from the records of its shards."""
 
 from __future__ import annotations
 

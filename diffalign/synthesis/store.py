@@ -144,9 +144,11 @@ class Store:
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != known["bytes"]:
-                log.warning("%s is damaged (%s bytes, expected %d): shard made again", path, size, known["bytes"])
+                log.warning("%s is damaged (%s bytes, not %d): put aside, made again", path, size, known["bytes"])
                 if path.is_file():
-                    path.replace(path.with_name(f"{path.name}.damaged"))
+                    aside = self.work / "damaged" / path.name
+                    aside.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(aside)
                 file.unlink()
                 return None
         return record
