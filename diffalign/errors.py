@@ -19,3 +19,7 @@ class CheckpointError(DiffalignError, RuntimeError):
 
 class DivergenceError(DiffalignError, RuntimeError):
     """Training produced a non-finite loss or weight."""
+
+
+class RewardError(DiffalignError, RuntimeError):
+    """A reward model stopped answering, so that training had to pause."""

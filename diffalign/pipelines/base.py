@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..diffusion import Schedule, schedule_from
+from ..diffusion import SamplingGrid, Schedule, noise_grid, schedule_from
 from ..errors import ConfigError
 from .identity import text_identity, vae_identity
 from .names import Original
@@ -161,6 +161,16 @@ class PipelineAdapter(ABC):
         1 for variance-preserving models, which have no such shift.
         """
         return 1.0
+
+    def sampling_grid(self, schedule: Schedule, steps: int, latent_shape: tuple[int, int]) -> SamplingGrid:
+        """The noise levels that the pipeline visits when it draws latents (h, w) in ``steps`` steps.
+
+        Args:
+            schedule: what :meth:`noise_schedule` gave.
+            steps: sampling steps.
+            latent_shape: of the picture; moves the levels of flow models.
+        """
+        return noise_grid(schedule, self.pipeline.scheduler.config, steps)
 
     # --- what each family says ---------------------------------------------------------------------------------
 

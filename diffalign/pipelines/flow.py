@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
+from ..diffusion import SamplingGrid, Schedule, flow_grid
 from .base import PipelineAdapter
 
 PATCH = 2  # latent cells along one side of a token: SD3 cuts them inside the network, FLUX packs them before it
@@ -25,6 +27,8 @@ class FlowTransformerAdapter(PipelineAdapter):
     t5_tokenizer: ClassVar[str]
     default_sequence_length: ClassVar[int]
     default_max_shift: ClassVar[float]  # what the pipeline assumes where its scheduler does not say
+    #: Whether the pipeline gives its scheduler evenly spaced levels, or leaves them to it.
+    spaces_levels: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline, **options: Any) -> None:
         self.max_sequence_length = self.default_sequence_length
@@ -62,3 +66,14 @@ class FlowTransformerAdapter(PipelineAdapter):
         low, high = config.get("base_shift", 0.5), config.get("max_shift", self.default_max_shift)
         mu = low + (high - low) * (tokens - few) / (many - few)
         return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+    def sampling_grid(self, schedule: Schedule, steps: int, latent_shape: tuple[int, int]) -> SamplingGrid:
+        """As the pipeline asks its scheduler for them, shift included."""
+        scheduler: Any = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        dynamic = scheduler.config.get("use_dynamic_shifting")
+        mu = self.time_shift(latent_shape) if dynamic else None
+        if mu is not None and scheduler.config.get("time_shift_type", "exponential") == "exponential":
+            mu = math.log(mu)
+        evenly = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(**({"sigmas": evenly} if self.spaces_levels else {"num_inference_steps": steps}), mu=mu)
+        return flow_grid(scheduler.sigmas.double().clamp(max=1.0), schedule.num_timesteps)

@@ -58,6 +58,7 @@ class FluxAdapter(FlowTransformerAdapter):
     t5_tokenizer: ClassVar[str] = "tokenizer_2"
     default_sequence_length: ClassVar[int] = 512
     default_max_shift: ClassVar[float] = 1.15
+    spaces_levels: ClassVar[bool] = True
     guidance_embedding: float = 1.0
 
     def configure(self, *, max_prompt_tokens: int | None = None, guidance_embedding: float | None = None) -> None:
@@ -123,10 +124,16 @@ class FluxAdapter(FlowTransformerAdapter):
         noise: Tensor,
         guidance: float,
     ) -> dict[str, Any]:
-        """With a guidance embedding ``guidance`` is what the network is told; without, the scale of true guidance."""
+        """With a guidance embedding ``guidance`` is what the network is told; without, the scale of true guidance.
+
+        Inside :func:`diffalign.guidance.negative_guidance` it is the scale of true guidance, which alone has a negative
+        branch, and the network is told the same as in training.
+        """
         arguments: dict[str, Any] = {**conditioning, "latents": pack(noise)}
         if self.embeds_guidance:
-            return arguments | {"guidance_scale": guidance}
+            if not hasattr(self.denoiser, "answered_by"):
+                return arguments | {"guidance_scale": guidance}
+            arguments["guidance_scale"] = self.guidance_embedding
         negative = self._negative(unconditional, len(noise)) if guidance > 1 else {}
         return arguments | negative | {"true_cfg_scale": guidance}
 

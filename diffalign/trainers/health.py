@@ -88,12 +88,14 @@ class HealthMonitor:
 
     Args:
         window: optimizer steps an alarm looks back on.
+        checks: alarms by name; None means those of this file, to which a method may add its own.
     """
 
-    def __init__(self, window: int = 50) -> None:
+    def __init__(self, window: int = 50, checks: Mapping[str, Check] | None = None) -> None:
         if window < 20:
             raise ValueError(f"window must be 20 steps or more, fewer say nothing; got {window}.")
         self.window = window
+        self.checks = dict(CHECKS if checks is None else checks)
         self.fired: list[Alarm] = []
         self._curves = Curves(window)
         self._quiet: dict[str, int] = {}  # active alarms, and for how many steps their cause has been gone
@@ -110,7 +112,7 @@ class HealthMonitor:
         """
         self._curves.add(metrics)
         new = []
-        for name, check in CHECKS.items():
+        for name, check in self.checks.items():
             active = name in self._quiet
             message = check(self._curves, active)
             if message is None:

@@ -41,6 +41,7 @@ from .trackers import Trackers
 from .validation import Validation
 
 log = logging.getLogger(__name__)
+TIMING = "time/"  # metrics that depend on the clock; kept out of metrics.jsonl
 
 
 class TrainingLoop(ABC):
@@ -260,7 +261,9 @@ class TrainingLoop(ABC):
         if trackers.due(self.step):
             names = {name for line in self.recent for name in line}
             lines = {name: [line[name] for line in self.recent if name in line] for name in sorted(names)}
-            trackers.log({name: math.fsum(values) / len(values) for name, values in lines.items()}, self.step)
+            means = {name: math.fsum(values) / len(values) for name, values in lines.items()}
+            timing = {name: means.pop(name) for name in names if name.startswith(TIMING)}
+            trackers.log(means, self.step, timing=timing)
             self.recent = []
         if self.config.alarms:
             for alarm in self.health.update(self.step, metrics):

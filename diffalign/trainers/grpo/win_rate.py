@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from reward_models import PairwiseRewardModel, RewardModel
 
 from ...errors import ConfigError
 from ...randomness import Key, keyed_permutation
@@ -163,38 +160,12 @@ class _Book:
         return Judgements(torch.tensor(rates, dtype=torch.float64), stats)
 
 
-class ScoreJudge:
-    """A pointwise scorer as a judge: the picture with the higher score wins.
+def ask_scores(scores: Tensor, tie_margin: float = 0.0) -> Ask:
+    """A judge out of scores (G,): the higher one wins; those that differ by no more than ``tie_margin`` are a tie."""
 
-    Args:
-        model: scores pictures one at a time.
-        tie_margin: scores that differ by no more than this are a tie.
-    """
+    def ask(pairs: list[Pair]) -> Tensor:
+        gap = torch.stack([scores[i] - scores[j] for i, j in pairs]).double()
+        won = 0.5 + 0.5 * torch.sign(gap) * (gap.abs() > tie_margin)
+        return torch.where(gap.isnan(), gap, won)
 
-    def __init__(self, model: RewardModel, tie_margin: float = 0.0) -> None:
-        self.model, self.tie_margin = model, tie_margin
-
-    @property
-    def name(self) -> str:
-        """The scorer's."""
-        return self.model.name
-
-    @property
-    def identity(self) -> dict[str, str | None]:
-        """The scorer's."""
-        return self.model.identity
-
-    def compare(self, pairs: Sequence[tuple[Any, Any]], prompts: Sequence[str]) -> Tensor:
-        """(N,) 1, 1/2 or 0; NaN where either score is missing. Each picture is scored once, however often it plays."""
-        items = {(id(image), text): image for pair, text in zip(pairs, prompts, strict=True) for image in pair}
-        scores = self.model.score(list(items.values()), [text for _, text in items]).double()
-        score = dict(zip(items, scores, strict=True))
-        gap = [score[id(a), text] - score[id(b), text] for (a, b), text in zip(pairs, prompts, strict=True)]
-        difference = torch.stack(gap) if gap else torch.empty(0, dtype=torch.float64)
-        won = 0.5 + 0.5 * torch.sign(difference) * (difference.abs() > self.tie_margin)
-        return torch.where(difference.isnan(), difference, won).float()
-
-
-def as_judge(model: RewardModel | PairwiseRewardModel, tie_margin: float = 0.0) -> PairwiseRewardModel:
-    """A judge as it is, a scorer through the difference of its scores."""
-    return model if isinstance(model, PairwiseRewardModel) else ScoreJudge(model, tie_margin)
+    return ask

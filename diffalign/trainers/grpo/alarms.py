@@ -1,0 +1,72 @@
+"""Alarms of online methods: the reward is gamed, or nothing is left to learn from."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from ..health import CHECKS, Curves
+
+SIGNIFICANT = 2.0  # standard errors that a hold-out must have fallen, and the training reward risen
+IN_A_ROW = 2  # hold-out measurements that must agree
+SILENT = 0.5  # share of groups in which every picture is as good as the others
+COLLAPSE = 0.5  # share of its earlier diversity
+
+
+def reward_hacking(curves: Curves, active: bool) -> str | None:
+    """The reward that is trained on rises on hold-out prompts while one that is not falls."""
+    measured = [row for row in curves.rows if any(name.startswith("holdout/") for name in row)][-IN_A_ROW:]
+    if len(measured) < IN_A_ROW:
+        return None
+    unseen = {
+        name.removesuffix("_change")
+        for name in measured[-1]
+        if name.startswith("holdout/") and name.endswith("_change") and not name.startswith("holdout/training-")
+    }
+    trained = {n.removesuffix("_change") for n in measured[-1] if n.startswith("holdout/training-") and "_change" in n}
+    if not any(all(_sigmas(row, name) > SIGNIFICANT for row in measured) for name in trained):
+        return None
+    limit = SIGNIFICANT / 2 if active else SIGNIFICANT
+    fallen = sorted(name for name in unseen if all(_sigmas(row, name) < -limit for row in measured))
+    if not fallen:
+        return None
+    drops = ", ".join(f"{n.removeprefix('holdout/')} {measured[-1][n + '_change']:+.3g}" for n in fallen)
+    return (
+        f"the training reward has risen on hold-out prompts while others have fallen ({drops} against the base): the "
+        "reward is being gamed. Look at the pictures in holdout/ and go back to an earlier checkpoint; then add the "
+        "fallen score to rewards, raise kl_weight, lower learning_rate, or train less."
+    )
+
+
+def no_spread(curves: Curves, active: bool) -> str | None:
+    """In most groups all pictures are equally good to the judge, so that they have no advantage."""
+    silent = curves.last("group/silent")
+    if not silent or fmean(silent) < (SILENT / 2 if active else SILENT):
+        return None
+    return (
+        f"in {fmean(silent):.0%} of the groups every picture has the same reward, so nothing is learnt from them. Use "
+        "larger groups, more noise_level, harder prompts, or a judge that tells pictures apart."
+    )
+
+
+def collapse(curves: Curves, active: bool) -> str | None:
+    """Pictures of one prompt look more and more alike."""
+    known = [row["group/diversity"] for row in curves.rows if math.isfinite(row.get("group/diversity", math.nan))]
+    if len(known) < 2 * curves.window:
+        return None
+    before, now = fmean(known[: curves.window]), fmean(known[-curves.window :])
+    if now > (COLLAPSE * 1.2 if active else COLLAPSE) * before:
+        return None
+    return (
+        f"pictures of one prompt differ by {now:.3g}, {now / before:.0%} of what they did: the policy collapses onto a "
+        "few. Raise kl_weight, lower learning_rate, or go back to an earlier checkpoint."
+    )
+
+
+GRPO_CHECKS = CHECKS | {check.__name__: check for check in (reward_hacking, no_spread, collapse)}
+
+
+def _sigmas(row: dict[str, float], name: str) -> float:
+    """How many standard errors a hold-out score is away from the base's; 0 where it was not measured."""
+    change, error = row.get(f"{name}_change", 0.0), row.get(f"{name}_error", 0.0)
+    return change / error if error > 0 else math.copysign(math.inf, change) if change else 0.0

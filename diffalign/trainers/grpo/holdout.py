@@ -1,0 +1,124 @@
+"""An absolute measure while training: fixed prompts, fixed noise, the deployed sampler, policy against base.
+
+Win rates inside a group are 1/2 on average however good the pictures become, and a training reward can rise while
+pictures get worse. So hold-out pictures are drawn as a user would draw them, and scored by models that training does
+not see as well as by those that it does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from reward_models import PairwiseRewardModel, RewardModel
+
+from ..validation import Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ...pipelines import PipelineAdapter
+    from ..config import PrefGRPOConfig
+    from ..prompts import EncodedPrompts
+    from .rewards import Model
+
+
+class Holdout:
+    """Draws and scores the hold-out prompts; lives on the main process.
+
+    Args:
+        adapter: family of the pipeline.
+        texts: hold-out prompts.
+        prompts: their embeddings.
+        config: sampling settings of validation pictures.
+        folder: keeps the base's pictures.
+        accelerator: autocast.
+        training: reward models that training uses.
+        unseen: reward models that it does not.
+    """
+
+    def __init__(
+        self,
+        adapter: PipelineAdapter,
+        texts: Sequence[str],
+        prompts: EncodedPrompts,
+        config: PrefGRPOConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        training: Sequence[Model],
+        unseen: Sequence[Model],
+    ) -> None:
+        self.texts, self.training, self.unseen = list(texts), list(training), list(unseen)
+        self.pictures = Validation(
+            adapter,
+            self.texts,
+            prompts.batch(self.texts),
+            {name: value[None] for name, value in prompts.unconditional().items()},
+            folder,
+            steps=config.validation_steps,
+            guidance=config.validation_guidance,
+            autocast=accelerator.autocast,
+        )
+        self.base: dict[str, Tensor] = {}
+
+    def prepare(self, denoiser: nn.Module, *, resumed: bool) -> None:
+        """Draw and score the base's pictures before the first step, or read them back."""
+        self.pictures.prepare(denoiser, resumed=resumed)
+        for model in (*self.training, *self.unseen):
+            if isinstance(model, RewardModel):
+                self.base[model.name] = model.score(self.pictures.base_images, self.texts).double()
+
+    def measure(self, denoiser: nn.Module) -> dict[str, float]:
+        """Scores of the policy's pictures.
+
+        Returns:
+            By model: ``holdout/NAME`` the mean score, ``holdout/NAME_change`` its paired difference from the base with
+            standard error ``holdout/NAME_error``. For a judge without scores the change is its win rate against the
+            base minus 1/2. Names of training rewards start with ``training-``.
+        """
+        images = self.pictures.draw(denoiser)
+        values: dict[str, float] = {}
+        for model in self.training:
+            values |= self._of(model, f"training-{model.name}", images)
+        for model in self.unseen:
+            values |= self._of(model, model.name, images)
+        return values
+
+    def _of(self, model: Model, label: str, images: list[Image.Image]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if isinstance(model, RewardModel):
+            scores = model.score(images, self.texts).double()
+            found = scores[~scores.isnan()]
+            if len(found):
+                values[f"holdout/{label}"] = float(found.mean())
+            change = scores - self.base[model.name]
+        else:
+            change = self._against_base(model, images)
+        change = change[~change.isnan()]
+        if len(change):
+            error = float(change.std(correction=0)) / math.sqrt(len(change))
+            values |= {f"holdout/{label}_change": float(change.mean()), f"holdout/{label}_error": error}
+        return values
+
+    def _against_base(self, judge: PairwiseRewardModel, images: list[Image.Image]) -> Tensor:
+        base = self.pictures.base_images
+        forth = judge.compare(list(zip(images, base, strict=True)), self.texts).double()
+        back = judge.compare(list(zip(base, images, strict=True)), self.texts).double()
+        return (forth + 1 - back) / 2 - 0.5
+
+
+def diversity(images: Sequence[Image.Image], edge: int = 32) -> float:
+    """Mean distance between two pictures of a group: root mean square of pixels in [0, 1], at ``edge`` x ``edge``."""
+    if len(images) < 2:
+        return 0.0
+    small = [image.convert("RGB").resize((edge, edge), Image.Resampling.BOX) for image in images]
+    pixels = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in small])
+    distance = torch.pdist(pixels.double() / 255) / math.sqrt(pixels.shape[1])
+    return float(distance.mean())

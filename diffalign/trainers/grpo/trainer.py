@@ -1,0 +1,477 @@
+"""Pref-GRPO: draw groups of pictures with the policy, have them judged, raise the density of what was better.
+
+An iteration is one rollout and ``updates_per_rollout`` optimizer steps. Everything random in it is keyed by (run seed,
+group, place in the group), and a checkpoint in its middle keeps the rollout, so a run may be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...diffusion import drift
+from ...errors import CheckpointError, ConfigError, RewardError
+from ...objectives import LossOutput, combined_advantages, grpo_loss, step_kl
+from ...objectives.advantages import check_groups
+from ...randomness import keyed_permutation
+from ..config import PrefGRPOConfig
+from ..health import HealthMonitor
+from ..loop import TrainingLoop
+from ..metrics import MetricAccumulator
+from ..prompts import EncodedPrompts, Prompts, load_prompts
+from .alarms import GRPO_CHECKS
+from .holdout import Holdout, diversity
+from .rewards import GroupReward, Model, RewardDesk, judge_is_down, load_rewards
+from .rollouts import Chunk, Moment, Plan, Sample, Sampling
+
+log = logging.getLogger(__name__)
+_DECODE_PIXELS = 2**21  # decoded at once
+PER_STEP = ("ratio", "clip_share", "kl")
+Work = dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]
+
+
+@dataclass
+class Rollout:
+    """What an iteration's updates need.
+
+    Args:
+        plan: the steps that were drawn.
+        chunks: this process's pictures, in the order of updates.
+        advantages: (N,) fp64 of all pictures of all processes.
+        metrics: of the rollout; logged with its first update.
+    """
+
+    plan: Plan
+    chunks: list[Chunk]
+    advantages: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class PrefGRPOTrainer(TrainingLoop):
+    """Trains on the policy's own pictures with :func:`diffalign.objectives.grpo_loss` (Pref-GRPO, arXiv:2508.20751).
+
+    Args:
+        pipeline, config, accelerator, base_model: see :class:`TrainingLoop`.
+        train_dataset: prompts, or what :func:`diffalign.trainers.prompts.load_prompts` accepts.
+        reward_models: ready models in place of ``config.rewards``.
+        holdout_models: ready models in place of ``config.holdout_rewards``.
+
+    Raises:
+        ConfigError: settings that contradict each other, the pipeline or the number of processes.
+        DataError: no prompts.
+        CheckpointError: ``output_dir`` holds another run and ``resume`` is ``none``.
+    """
+
+    method = "prefgrpo"
+    config_class = PrefGRPOConfig
+    config: PrefGRPOConfig
+    dataset: Prompts
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline | str,
+        config: PrefGRPOConfig,
+        train_dataset: Prompts | Any,
+        accelerator: Accelerator | None = None,
+        *,
+        base_model: str | None = None,
+        reward_models: Sequence[Model] = (),
+        holdout_models: Sequence[Model] = (),
+    ) -> None:
+        super().__init__(pipeline, config, train_dataset, accelerator, base_model=base_model)
+        self.rewards = self._models(reward_models, config.rewards, "rewards")
+        self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards), dtype=torch.float64)
+        if not self.rewards or len(self.weights) != len(self.rewards):
+            raise ConfigError(
+                f"rewards must name at least one model, and reward_weights one weight for each; got "
+                f"{len(self.rewards)} models and {len(self.weights)} weights."
+            )
+        self.unseen = self._models(holdout_models, config.holdout_rewards, "holdout_rewards")
+        self.desk = RewardDesk(self.rewards, config)
+        self._divide()
+        holdout = load_prompts(config.holdout_prompts).texts if config.holdout_prompts else []
+        self.holdout_texts = holdout[: config.holdout_count]
+        self.encoded = EncodedPrompts.build(
+            [*self._prompts_ahead(), *config.validation_prompts, *self.holdout_texts],
+            self.adapter,
+            self.output_dir / "cache",
+            self.accelerator,
+            batch_size=config.encode_batch_size,
+            progress=config.progress_bar and self.accelerator.is_main_process,
+        )
+        self.adapter.offload_encoders()
+        self.pipeline.vae.to(self.accelerator.device)  # the one encoder that every iteration needs
+        self.sampling = Sampling(self.adapter, self.schedule, self.encoded, config, self.accelerator)
+        self.build_policy()
+        self.start(self._total_steps())
+        steps = config.sampling_steps
+        self.metrics = MetricAccumulator(num_timesteps=steps, buckets=steps, bucketed=PER_STEP)
+        self.health = HealthMonitor(checks=GRPO_CHECKS)
+        self.rollout: Rollout | None = None
+        self.holdout: Holdout | None = None
+
+    @staticmethod
+    def load_dataset(source: Any, **options: Any) -> Prompts:
+        return load_prompts(source, **options)
+
+    @staticmethod
+    def _models(ready: Sequence[Model], names: list[str], setting: str) -> list[Model]:
+        if ready and names:
+            raise ConfigError(f"{setting}={names} has no effect beside ready models: give one of the two.")
+        return list(ready) or load_rewards(names)
+
+    def _divide(self) -> None:
+        """Which pictures of an iteration are this process's: of each update's block its part of whole chunks."""
+        config, processes = self.config, self.accelerator.num_processes
+        self.count = config.prompts_per_rollout * config.group_size
+        unit = config.updates_per_rollout * processes * config.batch_size
+        if self.count % unit:
+            raise ConfigError(
+                f"prompts_per_rollout x group_size = {self.count} pictures cannot be divided into updates_per_rollout "
+                f"{config.updates_per_rollout} x {processes} processes x batch_size {config.batch_size}: choose "
+                f"numbers so that {unit} divides them."
+            )
+        self.global_batch = self.count // config.updates_per_rollout
+        share = self.global_batch // processes
+        self.owner = [n % self.global_batch // share for n in range(self.count)]
+        self.mine = [n for n, process in enumerate(self.owner) if process == self.accelerator.process_index]
+
+    def _total_steps(self) -> int:
+        config = self.config
+        iterations = (config.max_epochs or 0) * len(self.dataset) / config.prompts_per_rollout
+        return config.max_steps or math.ceil(iterations) * config.updates_per_rollout
+
+    def _prompts_ahead(self) -> list[str]:
+        """The prompts that the run will draw; of a long list a short run sees a part."""
+        iterations = -(-self._total_steps() // self.config.updates_per_rollout)
+        groups = min(iterations * self.config.prompts_per_rollout, len(self.dataset))
+        return [self._prompt(group) for group in range(groups)]
+
+    # --- the loop's hooks ----------------------------------------------------------------------------------------
+
+    def data_report(self) -> dict[str, Any]:
+        return {"examples": len(self.dataset), "group_size": self.config.group_size}
+
+    @property
+    def data_name(self) -> str:
+        return self.dataset.name
+
+    def validation_embeddings(self) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        return [self.encoded.prompt(text) for text in self.config.validation_prompts], self.encoded.unconditional()
+
+    def _identity(self) -> dict[str, Any]:
+        config = self.config
+        groups = [config.prompts_per_rollout, config.group_size, config.updates_per_rollout]
+        rewards = [model.identity for model in self.rewards]
+        return super()._identity() | {"data": self.dataset.identity, "groups": groups, "rewards": rewards}
+
+    def optimizer_step(self) -> dict[str, float]:
+        """One update of the weights; draws and judges a new rollout where the last one is used up."""
+        began = time.monotonic()
+        self._prepare_holdout()
+        number = self.step % self.config.updates_per_rollout
+        if number == 0 or self.rollout is None:
+            self.rollout = self.roll_out(self.step // self.config.updates_per_rollout)
+        rollout, drawn = self.rollout, time.monotonic()
+        part = len(rollout.chunks) // self.config.updates_per_rollout
+        chunks = rollout.chunks[number * part : (number + 1) * part]
+        losses = self._backward(rollout, chunks, number)
+        self.require_finite(losses)
+        applied = self.apply_gradients()
+        metrics = self.metrics.reduce(self.accelerator) | applied
+        if number == 0:
+            metrics |= rollout.metrics
+        metrics |= {"time/training": time.monotonic() - drawn, "time/step": time.monotonic() - began}
+        return metrics | self._measure_holdout()
+
+    # --- rollout -------------------------------------------------------------------------------------------------
+
+    def sample_of(self, iteration: int, n: int) -> Sample:
+        """Picture ``n`` of an iteration: prompts come in keyed permutations, one after another."""
+        group = iteration * self.config.prompts_per_rollout + n // self.config.group_size
+        return Sample(self._prompt(group), group, n % self.config.group_size)
+
+    def _prompt(self, group: int) -> str:
+        epoch, place = divmod(group, len(self.dataset))
+        return self.dataset.texts[_order(len(self.dataset), self.config.seed, epoch)[place]]
+
+    def roll_out(self, iteration: int) -> Rollout:
+        """Draw and judge the groups of an iteration; rewards are found while later pictures are drawn.
+
+        Raises:
+            RewardError: a reward model stays silent; a checkpoint is written first.
+        """
+        began, size = time.monotonic(), self.config.batch_size
+        plan = self.sampling.plan(iteration)
+        pictures: dict[int, Image.Image] = {}
+        work: Work = {}
+        chunks = []
+        for start in range(0, len(self.mine), size):
+            numbers = self.mine[start : start + size]
+            chunk, latents = self.sampling.draw(self.model, [self.sample_of(iteration, n) for n in numbers], plan)
+            chunks.append(chunk)
+            pictures |= dict(zip(numbers, self._decode(latents), strict=True))
+            self._submit(iteration, pictures, work)
+        self._submit(iteration, self._exchange(pictures), work)
+        drawn = time.monotonic()
+        rewards, metrics = self._collect(iteration, work)
+        advantages = self._advantages(iteration, rewards)
+        metrics |= self._group_metrics(advantages, work)
+        metrics |= {"time/sampling": drawn - began, "time/waiting_for_rewards": time.monotonic() - drawn}
+        return Rollout(plan, chunks, advantages, metrics)
+
+    def _decode(self, latents: Tensor) -> list[Image.Image]:
+        at_once = max(1, _DECODE_PIXELS // self.sampling.edge**2)
+        return [image for part in latents.split(at_once) for image in self.adapter.decode(part)]
+
+    def _submit(self, iteration: int, pictures: dict[int, Image.Image], work: Work) -> None:
+        """Hand in the groups that are complete and whose first picture is this process's."""
+        size = self.config.group_size
+        for first in range(0, self.count, size):
+            sample = self.sample_of(iteration, first)
+            members = range(first, first + size)
+            if sample.group in work or self.owner[first] != self.accelerator.process_index:
+                continue
+            if all(n in pictures for n in members):
+                images = [pictures[n] for n in members]
+                work[sample.group] = (sample.prompt, images, self.desk.submit(sample.group, sample.prompt, images))
+
+    def _exchange(self, pictures: dict[int, Image.Image]) -> dict[int, Image.Image]:
+        """This process's pictures, and those of others that are in groups with them."""
+        size = self.config.group_size
+        spread = {n for n in range(self.count) if len({self.owner[m] for m in _group(n, size)}) > 1}
+        if not spread:
+            return pictures
+        gathered = gather_object([(n, image) for n, image in pictures.items() if n in spread])
+        return pictures | dict(gathered)
+
+    def _collect(self, iteration: int, work: Work) -> tuple[Tensor, dict[str, float]]:
+        """Rewards (N, R) fp64 of all pictures on every process, and what the judges did."""
+        collected = self.desk.collect(work)
+        size, first = self.config.group_size, iteration * self.config.prompts_per_rollout
+        found = [(group, rewards) for group, rewards in collected.rewards.items()]
+        down = list(collected.down)
+        if self.accelerator.num_processes > 1:
+            found, down = gather_object(found), sorted(set(gather_object(down)))
+        if down:
+            raise self._pause(down)
+        rewards = torch.full((self.count, len(self.rewards)), float("nan"), dtype=torch.float64)
+        for group, columns in found:
+            place = (group - first) * size
+            for column, result in enumerate(columns):
+                rewards[place : place + size, column] = result.reward
+        return rewards, self._judge_metrics(sorted(found, key=lambda item: item[0]))
+
+    def _pause(self, down: list[str]) -> RewardError:
+        return judge_is_down(down, self.save_checkpoint())
+
+    def _advantages(self, iteration: int, rewards: Tensor) -> Tensor:
+        config = self.config
+        groups = torch.tensor([self.sample_of(iteration, n).group for n in range(self.count)], dtype=torch.int64)
+        check_groups(groups, config.group_size)
+        default = "fixed" if config.reward == "win_rate" else "group"
+        return combined_advantages(
+            rewards,
+            groups,
+            self.weights,
+            scale=default if config.advantage_scale == "default" else config.advantage_scale,
+            clip=config.advantage_clip,
+            min_spread=config.min_spread,
+        )
+
+    # --- update --------------------------------------------------------------------------------------------------
+
+    def _backward(self, rollout: Rollout, chunks: list[Chunk], number: int) -> list[tuple[list[str], Tensor]]:
+        """Gradients of one update: the mean over its pictures and trained steps."""
+        trained, processes = rollout.plan.trained, self.accelerator.num_processes
+        scale = processes / (self.global_batch * len(trained))
+        work = [(chunk, index) for chunk in chunks for index in trained]
+        losses = []
+        told: tuple[dict[str, Tensor], Tensor] | None = None
+        for place, (chunk, index) in enumerate(work):
+            if index == trained[0]:
+                told = self.sampling.conditioning(chunk.samples, self.accelerator.device)
+            assert told is not None
+            last = place == len(work) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                out = self._moment_loss(rollout, chunk, index, told)
+                self.accelerator.backward(out.loss.sum() * scale)
+            if number == 0:
+                self._require_unit_ratio(out, chunk, index)
+            values = {"loss": out.loss.detach(), **out.stats}
+            self.metrics.add(values, torch.full((len(chunk.samples),), index))
+            losses.append(([sample.prompt for sample in chunk.samples], out.loss.detach()))
+        return losses
+
+    def _moment_loss(
+        self, rollout: Rollout, chunk: Chunk, index: int, told: tuple[dict[str, Tensor], Tensor]
+    ) -> LossOutput:
+        """The loss (N,) of one step of a chunk, from a forward pass at the stored state."""
+        config, step, moment = self.config, rollout.plan.steps[index], chunk.moments[index]
+        x = moment.x.float()
+        prediction = self.sampling.predict(self.model, x, step, told)
+        mean = step.mean(x, prediction)
+        normalise = None
+        if moment.mean is not None:
+            normalise = (drift(mean, moment.mean, step.std, config.log_prob), step.std, step.width)
+        kl = None
+        if self.reference is not None:
+            with torch.no_grad(), self.reference.use(self.model) as module:
+                reference = self.sampling.predict(module, x, step, told)
+            scale = step.prediction_scale
+            kl = step_kl(prediction, reference, scale=scale, std=step.std, form=config.kl_form)
+        places = [self._place(sample) for sample in chunk.samples]
+        return grpo_loss(
+            step.log_density(moment.x_next, mean, config.log_prob),
+            moment.log_prob,
+            rollout.advantages[places].to(moment.log_prob.device),
+            clip_range=config.clip_range,
+            normalise=normalise,
+            kl=kl,
+            kl_weight=config.kl_weight,
+        )
+
+    def _place(self, sample: Sample) -> int:
+        return sample.group % self.config.prompts_per_rollout * self.config.group_size + sample.member
+
+    def _require_unit_ratio(self, out: LossOutput, chunk: Chunk, index: int) -> None:
+        """Before the weights move, the replay must find the densities of the rollout.
+
+        Raises:
+            ConfigError: it does not; what is trained on is then not what was drawn.
+        """
+        worst = float(out.stats["log_ratio"].abs().max())
+        if not worst <= self.config.clip_range / 2:
+            raise ConfigError(
+                f"step {index} of {chunk.samples[0].prompt!r}: the log-ratio is {worst:.2g} before any update, but "
+                "must be 0. The replay sees something else than the rollout: dropout, another attention kernel, other "
+                "conditioning, or an operation that is not deterministic. Try attention=eager, mixed_precision=no or "
+                "latent_dtype=fp32."
+            )
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+
+    def _judge_metrics(self, found: list[tuple[int, list[GroupReward]]]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for column, model in enumerate(self.rewards):
+            results = [columns[column] for _, columns in found]
+            label = f"reward/{model.name}"
+            for name in sorted({name for result in results for name in result.stats}):
+                values = [result.stats[name] for result in results if name in result.stats]
+                total = math.fsum(values)
+                metrics[f"{label}/{name}"] = total if name in ("calls", "pairs") else total / len(values)
+            spreads = [_spread(result.reward) for result in results]
+            metrics[f"{label}/spread_of_reward"] = math.fsum(spreads) / len(spreads)
+            metrics[f"{label}/timeouts"] = float(sum(result.timed_out for result in results))
+            metrics[f"time/{model.name}"] = math.fsum(result.seconds for result in results)
+        return metrics
+
+    def _group_metrics(self, advantages: Tensor, work: Work) -> dict[str, float]:
+        size = self.config.group_size
+        silent = [float(bool((part == 0).all())) for part in advantages.split(size)]
+        spread = [(group, diversity(images)) for group, (_, images, _) in work.items()]
+        if self.accelerator.num_processes > 1:
+            spread = gather_object(spread)
+        distances = [distance for _, distance in sorted(spread)]
+        return {
+            "group/silent": math.fsum(silent) / len(silent),
+            "group/diversity": math.fsum(distances) / len(distances),
+            "group/largest_advantage": float(advantages.abs().max()),
+        }
+
+    def _prepare_holdout(self) -> None:
+        """Before the first step of this process: the base's hold-out pictures, drawn or read back."""
+        if self.config.holdout_every is None or self.holdout is not None or not self.accelerator.is_main_process:
+            return
+        self.holdout = Holdout(
+            self.adapter,
+            self.holdout_texts,
+            self.encoded,
+            self.config,
+            self.output_dir / "holdout",
+            self.accelerator,
+            training=self.rewards,
+            unseen=self.unseen,
+        )
+        self.holdout.prepare(self.denoiser, resumed=self.step > 0)
+
+    def _measure_holdout(self) -> dict[str, float]:
+        if not self._due(self.config.holdout_every):
+            return {}
+        values: list[dict[str, float]] = [{}]
+        if self.holdout is not None:
+            with self.averaged_weights():
+                values = [self.holdout.measure(self.denoiser)]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(values)
+        return values[0]
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _rollout_file(self, folder: Path) -> Path:
+        return folder / f"rollout-{self.accelerator.process_index}.safetensors"
+
+    def _write_state(self, folder: Path) -> None:
+        super()._write_state(folder)
+        if self.step % self.config.updates_per_rollout and self.rollout is not None:
+            tensors = {"advantages": self.rollout.advantages}
+            for number, chunk in enumerate(self.rollout.chunks):
+                for index, moment in chunk.moments.items():
+                    parts = {name: value for name, value in vars(moment).items() if value is not None}
+                    tensors |= {f"{number}.{index}.{name}": value.cpu() for name, value in parts.items()}
+            save_file({name: value.contiguous() for name, value in tensors.items()}, self._rollout_file(folder))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        super().load_checkpoint(folder)
+        if not self.step % self.config.updates_per_rollout:
+            return
+        if not self._rollout_file(folder).is_file():
+            raise CheckpointError(
+                f"{folder} was written between two updates of one rollout, but holds no rollout of process "
+                f"{self.accelerator.process_index}. Resume with the number of processes it was written by."
+            )
+        tensors = load_file(self._rollout_file(folder), device=str(self.accelerator.device))
+        iteration, size = self.step // self.config.updates_per_rollout, self.config.batch_size
+        chunks = [
+            Chunk([self.sample_of(iteration, n) for n in self.mine[start : start + size]])
+            for start in range(0, len(self.mine), size)
+        ]
+        advantages = tensors.pop("advantages").cpu()
+        parts: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            number, index, what = name.split(".")
+            parts.setdefault((int(number), int(index)), {})[what] = value
+        for (number, index), values in parts.items():
+            chunks[number].moments[index] = Moment(**values)
+        self.rollout = Rollout(self.sampling.plan(iteration), chunks, advantages)
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return keyed_permutation(count, seed, epoch, "prompt order")
+
+
+def _group(n: int, size: int) -> range:
+    first = n // size * size
+    return range(first, first + size)
+
+
+def _spread(reward: Tensor) -> float:
+    found = reward[~reward.isnan()]
+    return float(found.std(correction=0)) if len(found) else 0.0
