@@ -61,11 +61,8 @@ class Answer:
 class Backend(Protocol):
     """Answers questions. Calls may come from several threads."""
 
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
+    model: str
+    revision: str | None
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """An answer for each request, in order. What fails is said in ``Answer.error``, not raised."""

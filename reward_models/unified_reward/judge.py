@@ -81,6 +81,8 @@ class UnifiedReward(BaseRewardModel):
     """
 
     name = "unified-reward"
+    licence = "MIT"
+    requires = ("transformers", "httpx")
 
     def __init__(
         self,
@@ -251,7 +253,9 @@ class UnifiedReward(BaseRewardModel):
         requests = [self._request(question, form) for question in unique]
         answers = self._answers(requests, form)
         parsed = [self._parse(answer, form) for answer in answers]
-        again = [i for i, (answer, one) in enumerate(zip(answers, parsed, strict=True)) if one.problem and not answer.error]
+        again = [
+            i for i, (answer, one) in enumerate(zip(answers, parsed, strict=True)) if one.problem and not answer.error
+        ]
         if self.second_try and again:
             second = [replace(requests[i], temperature=_SECOND_TEMPERATURE, seed=requests[i].seed + 1) for i in again]
             for i, answer in zip(again, self._answers(second, form), strict=True):
@@ -273,7 +277,7 @@ class UnifiedReward(BaseRewardModel):
 
     def _parse(self, answer: Answer, form: Form) -> Parsed:
         if answer.error:
-            return Parsed(problem=f"failed: {answer.error}")
+            return Parsed(problem=f"no answer: {answer.error}")
         if answer.truncated:
             return Parsed(problem="truncated: give more max_tokens")
         weighed = self.mode == "logits" and form.task == "pair"
@@ -313,6 +317,9 @@ class UnifiedReward(BaseRewardModel):
         return self.point_form
 
     def _check_options(self) -> None:
+        for name, value in (("max_tokens", self.max_tokens), ("max_pixels", self.max_pixels)):
+            if value is not None and value < 1:
+                raise RewardModelError(f"{name} must be at least 1, got {value}.")
         if self.mode not in ("text", "logits"):
             raise RewardModelError(f"mode is 'text' or 'logits', got {self.mode!r}.")
         if self.mode == "logits" and self.pair_form.verdict is None:

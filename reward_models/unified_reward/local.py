@@ -64,16 +64,8 @@ class LocalBackend:
         self.vlm.eval().requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"  # answers have to begin where the question ends
         self.batch_size, self.template_options = batch_size, template_options or {}
-        self._model, self._revision = str(model), revision or getattr(self.vlm.config, "_commit_hash", None)
+        self.model, self.revision = str(model), revision or getattr(self.vlm.config, "_commit_hash", None)
         self._lock = threading.Lock()
-
-    @property
-    def model(self) -> str:
-        return self._model
-
-    @property
-    def revision(self) -> str | None:
-        return self._revision
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Each question's answer: greedy at temperature 0, else sampled with the request's own seed."""

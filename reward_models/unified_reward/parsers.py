@@ -162,8 +162,8 @@ _IMAGE_LABEL = re.compile(
 def _labelled(text: str, label: re.Pattern[str], *, whole_block: bool = False) -> list[tuple[str, str]]:
     """(name, what stands after its label): up to the next label, and to the end of the line unless ``whole_block``."""
     matches = list(label.finditer(text))
-    ends = [match.start() for match in matches[1:]] + [len(text)]
-    regions = [(match[1].lower(), text[match.end() : end]) for match, end in zip(matches, ends, strict=True)]
+    ends = [*(match.start() for match in matches[1:]), len(text)]
+    regions = [(match[1].lower(), text[match.end() : end]) for match, end in zip(matches, ends, strict=False)]
     return [(name, region if whole_block else region.partition("\n")[0]) for name, region in regions]
 
 

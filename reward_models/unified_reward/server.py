@@ -28,7 +28,8 @@ class ServerBackend:
         connection: ``timeout``, ``retries``, ``backoff``, ``longest_wait``, ``concurrency`` of :class:`Connection`.
 
     Raises:
-        RewardModelError: when asked, as long as nothing was ever answered and address, key or name are refused.
+        RewardModelError: the name is left out and the server cannot be asked for it. Later, when asked: address, key or
+            name are refused and nothing was ever answered.
     """
 
     def __init__(
@@ -47,19 +48,8 @@ class ServerBackend:
         self.extra_body = extra_body or {}
         if template_options:
             self.extra_body = {"chat_template_kwargs": template_options, **self.extra_body}
-        self._model, self._revision = model, revision
+        self.model, self.revision = model or self._only_model(), revision
         self._ever_answered = False
-
-    @property
-    def model(self) -> str:
-        """The served name; asks the server when none was given."""
-        if self._model is None:
-            self._model = self._only_model()
-        return self._model
-
-    @property
-    def revision(self) -> str | None:
-        return self._revision
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         return self._ask(requests)
@@ -72,8 +62,7 @@ class ServerBackend:
         self.connection.close()
 
     def _ask(self, requests: Sequence[Request], verdict: re.Pattern[str] | None = None) -> list[Answer]:
-        model = self.model if requests else ""
-        replies = self.connection.exchange([partial(self._call, model, r, verdict is not None) for r in requests])
+        replies = self.connection.exchange([partial(self._call, r, verdict is not None) for r in requests])
         hopeless = next((reply for reply in replies if isinstance(reply, Refused) and reply.hopeless), None)
         self._ever_answered |= any(not isinstance(reply, Refused) for reply in replies)
         if hopeless and not self._ever_answered:
@@ -82,13 +71,13 @@ class ServerBackend:
             )
         return [Answer(error=str(reply)) if isinstance(reply, Refused) else _read(reply, verdict) for reply in replies]
 
-    def _call(self, model: str, request: Request, weighed: bool) -> tuple[str, str, dict[str, Any]]:
+    def _call(self, request: Request, weighed: bool) -> tuple[str, str, dict[str, Any]]:
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": picture.data_url}} for picture in request.pictures
         ]
         content.append({"type": "text", "text": request.text})
         body = {
-            "model": model,
+            "model": self.model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,  # stated with top_p and seed: a server's own defaults may sample
