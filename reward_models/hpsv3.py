@@ -93,7 +93,7 @@ class HPSv3(WeightsRewardModel):
 
     @torch.inference_mode()
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
-        reserved = self.processor.tokenizer.all_special_tokens
+        reserved = self.processor.tokenizer.get_added_vocab()
         usable = [i for i, prompt in enumerate(prompts) if not any(token in prompt for token in reserved)]
         scores = torch.full((len(prompts),), float("nan"))
         if usable:  # a prompt that spells special tokens would be read as something else: no judgement

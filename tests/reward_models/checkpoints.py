@@ -187,6 +187,8 @@ def mps_file(folder: Path, seed: int = 6) -> dict[str, torch.Tensor]:
     """The state dict of MPS's module: CLIP under ``model.``, the blocks as its makers wrapped and named them."""
     generator, dim, heads, head_width, inner = seeded(seed), TEXT_WIDTH, 3, 8, 40
     clip = clip_folder(folder, seed)
+    clip.text_model.embeddings.token_embedding.weight.data *= 20  # words unlike one another, so that some are hidden
+    clip.save_pretrained(folder)
     state = {f"model.{key}": value for key, value in clip.state_dict().items()}
     state["model.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     for n in range(2):
