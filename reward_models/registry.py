@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP = "reward_models"
 _BUILT_IN = {
     "aesthetic": "reward_models.aesthetic:AestheticScore",
     "clip": "reward_models.clip:ClipScore",
+    "ensemble": "reward_models.ensemble:Ensemble",
     "hpsv2": "reward_models.hpsv2:HPSv2",
     "hpsv3": "reward_models.hpsv3:HPSv3",
     "imagereward": "reward_models.imagereward:ImageReward",
