@@ -46,6 +46,10 @@ class Method:
     bibtex: str | None = None
 
 
+NEGATIVE = (
+    "**This is a negative model.** On its own it draws worse pictures, or at best no better ones: it is made to "
+    "predict the unconditional branch of classifier-free guidance, away from which the base model is then guided."
+)
 METHODS: dict[str, Method] = {
     "DPOConfig": Method(
         name="Diffusion-DPO",
@@ -65,6 +69,15 @@ METHODS: dict[str, Method] = {
   eprint    = {2311.12908},
   archivePrefix = {arXiv}
 }""",
+    ),
+    "SelfNPOConfig": Method(
+        name="Self-NPO",
+        tag="self-npo",
+        summary=(
+            "Self-NPO fine-tunes a model on clean latents that a {teacher} teacher (guidance {teacher_guidance:g}, "
+            "{truncation_steps} steps) sees in its own truncated samples; no images and no preferences are used."
+        ),
+        paper="Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning (arXiv:2505.11777)",
     ),
     "SFTConfig": Method(
         name="Supervised fine-tuning on winners",
@@ -190,11 +203,22 @@ def _introduction(
     return (
         f"{what} for {_name(base)}, trained with **{method.name}**{source}{amount}{length} by `diffalign`.\n\n"
         + method.summary.format(**dataclasses.asdict(config))
+        + (f"\n\n{NEGATIVE}" if _is_negative(config) else "")
     )
 
 
 def _loading(config: TrainingConfig, base: str, pipeline_class: str, title: str) -> str:
     here = f'"{title}"' if config.hub_model_id else '"path/to/this/folder"'
+    if _is_negative(config):
+        source = base if _is_hub_id(base) or base == "shapes" else "path/to/the/base/model"
+        lines = [
+            "from diffalign.guidance import negative_guidance",
+            "from diffalign.pipelines import load_pipeline",
+            "",
+        ]
+        lines += [f'pipeline = load_pipeline("{source}")', 'with negative_guidance(pipeline, "path/to/this/folder"):']
+        lines.append('    image = pipeline("your prompt").images[0]')
+        return "```python\n" + "\n".join(lines) + "\n```"
     if config.adapter == "none":
         lines = [f"from diffusers import {pipeline_class}", "", f"pipeline = {pipeline_class}.from_pretrained({here})"]
     elif base == "shapes":
@@ -261,6 +285,11 @@ def _name(source: str, kind: str = "") -> str:
 
 def _is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+
+
+def _is_negative(config: TrainingConfig) -> bool:
+    """Whether the weights are made for the unconditional branch of guidance."""
+    return type(config).__name__ == "SelfNPOConfig" or bool(getattr(config, "negative", False))
 
 
 def _tag(config: TrainingConfig) -> str:

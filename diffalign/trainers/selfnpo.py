@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.rows import prompt_hash
 from ..diffusion.truncated import descent, renoise, truncated_walk
+from ..errors import ConfigError
 from ..randomness import keyed_normal, keyed_seed, keyed_uniform
 from .batches import Draw, RowStream
 from .config import SelfNPOConfig
@@ -49,6 +50,13 @@ class SelfNPOTrainer(TrainingLoop):
         base_model: str | None = None,
     ) -> None:
         super().__init__(pipeline, config, train_dataset, accelerator, base_model=base_model)
+        last = self.schedule.num_timesteps - 1
+        self.highest = last if config.max_timestep is None else config.max_timestep
+        if not 1 <= self.highest <= last or config.min_timestep > self.highest:
+            raise ConfigError(
+                f"expected min_timestep <= max_timestep and max_timestep in 1..{last}; got min_timestep="
+                f"{config.min_timestep} and max_timestep={self.highest}."
+            )
         self.encoded = EncodedPrompts.build(
             [*self.dataset.texts, *config.validation_prompts],
             self.adapter,
@@ -120,7 +128,7 @@ class SelfNPOTrainer(TrainingLoop):
         config, device = self.config, self.accelerator.device
         texts = [self.dataset.texts[draw.example] for draw in draws]
         keys = [(config.seed, draw.epoch, prompt_hash(text)) for draw, text in zip(draws, texts, strict=True)]
-        high = self.schedule.num_timesteps - 1 if config.max_timestep is None else config.max_timestep
+        high = self.highest
         stops, ends = [], []
         for key in keys:
             t = int(keyed_uniform(*key, "stop") * high)  # below high, so that there is an s above it

@@ -1,0 +1,171 @@
+"""Does guidance with a Self-NPO model help on the embedded default? Strict correctness over guidance scales.
+
+    python benchmarks/study_npo.py --seeds 0 1 2 --output-dir out/study-npo
+
+Each arm trains a negative model from prompts (recipe shapes-selfnpo) and draws held-out prompts with it in the
+unconditional branch; plain guidance draws the same prompts from the same noise at the same scales. ``npo`` trains on
+reversed preferences instead (recipe shapes-npo). Finished stages are skipped when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("study_npo")
+SCORES = ("shapes-strict", "shapes")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A negative model, and how it is used."""
+
+    title: str
+    trained: str  # folder of the run, None where nothing is trained
+    recipe: str = "shapes-selfnpo"
+    overrides: tuple[str, ...] = ()
+    guidance: tuple[tuple[str, Any], ...] = ()  # settings of negative_guidance
+
+
+ARMS = {
+    "plain": Arm("plain guidance", ""),
+    "teacher1": Arm("Self-NPO, teacher guidance 1", "teacher1", overrides=("teacher_guidance=1",)),
+    "teacher0": Arm("Self-NPO, teacher guidance 0", "teacher0", overrides=("teacher_guidance=0",)),
+    "teacher-4": Arm("Self-NPO, teacher guidance -4", "teacher-4", overrides=("teacher_guidance=-4",)),
+    "half-4": Arm("the same, beta = 0.5", "teacher-4", overrides=("teacher_guidance=-4",), guidance=(("beta", 0.5),)),
+    "npo": Arm("Diffusion-NPO (reversed DPO)", "npo", recipe="shapes-npo"),
+}
+
+
+def work(root: Path, seed: int, name: str, prompts: int, scales: list[float], steps: int) -> None:
+    """Train an arm's model if it is not there, then draw and score its pictures at every scale."""
+    from diffalign.evaluation.compare import SamplingSettings, draw
+    from diffalign.guidance import negative_guidance
+    from diffalign.pipelines import load_pipeline
+    from diffalign.shapes import sample_captions
+    from reward_models import load_reward_model
+
+    arm, folder = ARMS[name], root / f"seed-{seed}"
+    if arm.trained and not (folder / arm.trained / "final").is_dir():
+        train(root, folder / arm.trained, seed, arm)
+    texts = sample_captions(prompts, seed=2000 + seed, held_out=True)
+    scorers = [load_reward_model(score) for score in SCORES]
+    for scale in scales:
+        file = folder / "scores" / f"{name}-{scale:g}-{prompts}.json"
+        if file.is_file():
+            continue
+        pipe = load_pipeline("shapes")
+        context = negative_guidance(pipe, folder / arm.trained, **dict(arm.guidance)) if arm.trained else nullcontext()
+        with context:
+            pictures = draw(pipe, texts, [0], SamplingSettings(steps, scale, 32))
+        scores = {model.name: model.score(pictures, texts).tolist() for model in scorers}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(scores))
+        pictures[0].save(file.with_suffix(".png"))
+
+
+def train(root: Path, run: Path, seed: int, arm: Arm) -> None:
+    """The negative model of an arm."""
+    from diffalign.config import load_job, trainer_class
+
+    data = []
+    if arm.recipe == "shapes-npo":
+        from diffalign.quickstart import Settings, make_preferences
+
+        make_preferences(root / f"seed-{seed}" / "preferences", Settings(seed=seed))
+        data = [f"dataset={root / f'seed-{seed}' / 'preferences'}"]
+    fixed = [f"output_dir={run}", f"seed={seed}", f"cache_dir={root / 'cache'}", "resume=latest", "alarms=false"]
+    job, config = load_job(arm.recipe, [*data, *fixed, "progress_bar=false", *arm.overrides])
+    trainer_class(job.method)("shapes", config, train_dataset=job.dataset).train()
+
+
+def collect(root: Path, seeds: list[int], arms: list[str], prompts: int, scales: list[float]) -> dict[str, Any]:
+    """Paired statistics by arm, scale and score; every arm against plain guidance at the same scale."""
+    from diffalign.evaluation.statistics import compare_paired
+
+    results: dict[str, Any] = {}
+    for arm in arms:
+        for scale in scales:
+            cell = results.setdefault(arm, {}).setdefault(f"{scale:g}", {})
+            for score in SCORES:
+                values: dict[str, list[float]] = {"plain": [], arm: []}
+                for seed in seeds:
+                    for which in values:
+                        file = root / f"seed-{seed}" / "scores" / f"{which}-{scale:g}-{prompts}.json"
+                        values[which] += json.loads(file.read_text())[score]
+                keys = [(seed, i) for seed in seeds for i in range(prompts)]
+                cell[score] = compare_paired(values["plain"], values[arm], keys).to_json()
+    return results
+
+
+def markdown(results: dict[str, Any], scales: list[float], score: str = "shapes-strict") -> str:
+    """A table of one score."""
+    lines = ["| | " + " | ".join(f"scale {scale:g}" for scale in scales) + " |", "|---|" + "---|" * len(scales)]
+    for arm, cells in results.items():
+        row = []
+        for scale in scales:
+            pooled = cells[f"{scale:g}"][score]
+            low, high = pooled["difference"]["ci95"]
+            change = f" ({pooled['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}])"
+            row.append(f"{pooled['aligned']:.3f}" + (change if arm != "plain" else ""))
+        lines.append(f"| {ARMS[arm].title} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=Path("out/study-npo"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/npo.json"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=["teacher1", "teacher0", "teacher-4"])
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 3.0, 6.0])
+    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts a seed")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--work", nargs=2, metavar=("SEED", "ARM"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.work:
+        work(args.output_dir, int(args.work[0]), args.work[1], args.prompts, args.scales, args.steps)
+        return
+    arms = ["plain", *args.arms]
+    shared = ["--output-dir", str(args.output_dir), "--prompts", str(args.prompts), "--steps", str(args.steps)]
+    shared += ["--scales", *map(str, args.scales)]
+    for seed in args.seeds:
+        for arm in arms:
+            began = time.monotonic()
+            command = [sys.executable, __file__, *shared, "--work", str(seed), arm]
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
+            log.info("seed %d %s: %.0f s", seed, arm, time.monotonic() - began)
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {
+        "date": str(date.today()),
+        "commit": commit.stdout.strip() or "unknown",
+        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores",
+        "torch": torch.__version__,
+        "seeds": args.seeds,
+        "prompts": args.prompts,
+        "steps": args.steps,
+    }
+    results = collect(args.output_dir, args.seeds, arms, args.prompts, args.scales)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(record | {"results": results}, indent=1))
+    for score in SCORES:
+        print(f"{score}\n\n{markdown(results, args.scales, score)}")
+
+
+if __name__ == "__main__":
+    main()
