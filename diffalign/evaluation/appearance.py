@@ -50,7 +50,7 @@ def load_embedding(name: str) -> Embedding | None:
     found = import_path(name)
     if not callable(found):
         raise ConfigError(f"the embedding {name!r} is no function from a list of pictures to (N, d) vectors.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def clip_embedding(scorer: Any) -> Embedding:

@@ -171,8 +171,8 @@ def compare_judged(
     cosine = panel.embedding is not None
     appearance = {one: compare_paired(base.measures[one], aligned.measures[one], labels) for one in base.measures}
     if len(seeds) > 1:
-        variety = [diversity(side.vectors, len(seeds), cosine=cosine) for side in (base, aligned)]
-        appearance[DIVERSITY] = compare_paired(*variety, list(prompts))
+        before, after = (diversity(side.vectors, len(seeds), cosine=cosine) for side in (base, aligned))
+        appearance[DIVERSITY] = compare_paired(before, after, list(prompts))
     return Comparison(
         prompts=list(prompts),
         seeds=list(seeds),
@@ -203,13 +203,16 @@ def _by_task(
     found = {}
     own = [[task] for task in tasks for _ in range(seeds)] if tasks is not None else None
     for name, sides in pairs.items():
-        results: list[Any] = [[[value] for value in side] for side in sides]
+        before, after = ([[value] for value in side] for side in sides)
+        answers: tuple[Any, Any] = (before, after)
         dimensions = own
         if panel.grader is not None and name == panel.grader.name and panel.items is not None:
-            dimensions, results = [panel.grader.dimensions(item) for item in panel.items], [base.points, aligned.points]
+            dimensions = [panel.grader.dimensions(item) for item in panel.items]
+            answers = (base.points, aligned.points)
         if dimensions is not None and len({one for each in dimensions for one in each}) > 1:
-            first, second = (summarise(dimensions, result, panel.labels) for result in results)
-            found[name] = TaskComparison(first, second, difference(dimensions, *results, panel.labels))
+            first, second = (summarise(dimensions, each, panel.labels) for each in answers)
+            change = difference(dimensions, answers[0], answers[1], panel.labels)
+            found[name] = TaskComparison(first, second, change)
     return found
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from diffusers import DiffusionPipeline
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..pipelines.load import EMBEDDED
 from .lora import find_weights, lora_loaded
 
@@ -70,9 +71,11 @@ def locate(model: ModelSpec, base: str) -> tuple[str, Path | str]:
     Raises:
         CheckpointError: there is nothing that can be loaded.
     """
+    if model.negative is not None and not Path(model.negative).exists() and not _is_hub_id(model.negative):
+        raise CheckpointError(f"the negative model {model.negative} of {model.name} does not exist; check the path.")
     if model.path == base:
         return BASE, base
-    if model.path == EMBEDDED or (_HUB_ID.fullmatch(model.path) and not _local_start(model.path)):
+    if model.path == EMBEDDED or _is_hub_id(model.path):
         return "pipeline", model.path
     return find_weights(model.path)
 
@@ -86,7 +89,8 @@ def switched_on(pipeline: DiffusionPipeline, model: ModelSpec, lora: Path | None
         if model.negative is not None:
             from ..guidance import negative_guidance  # late: only those who use it pay for it
 
-            mixing = {key: value for key, value in (("alpha", model.alpha), ("beta", model.beta)) if value is not None}
+            mixing: dict[str, Any] = {"alpha": model.alpha, "beta": model.beta}
+            mixing = {key: value for key, value in mixing.items() if value is not None}
             stack.enter_context(negative_guidance(pipeline, model.negative, **mixing))
         yield
 
@@ -129,6 +133,7 @@ def _called(path: Path) -> str:
     return re.sub(r"[^\w.+-]", "-", path.name) or "aligned"
 
 
-def _local_start(path: str) -> bool:
-    """Whether ``a/b`` looks like a path: a missing run is then reported as such."""
-    return Path(path).exists() or Path(path).parts[0] in (".", "..") or Path(path).parent.is_dir()
+def _is_hub_id(path: str) -> bool:
+    """Whether ``a/b`` is no path: a missing run beside others is then reported as such."""
+    here = Path(path).exists() or Path(path).parts[:1] in ((".",), ("..",)) or Path(path).parent.is_dir()
+    return bool(_HUB_ID.fullmatch(path)) and not here

@@ -101,8 +101,8 @@ def pipeline_identity(pipeline: DiffusionPipeline) -> str:
     """Hash of everything in a pipeline that decides its pictures: weights, their precision, configurations, sampler."""
     digest = hashlib.blake2b(digest_size=16)
     for name, part in sorted(pipeline.components.items()):
-        config = getattr(part, "config", None)
-        items = dict(config.to_dict() if hasattr(config, "to_dict") else config or {})
+        config: Any = getattr(part, "config", None) or {}
+        items = dict(config.to_dict() if hasattr(config, "to_dict") else config)
         kept = {key: value for key, value in items.items() if not key.startswith("_") and "version" not in key}
         digest.update(f"{name} {type(part).__name__} {json.dumps(kept, sort_keys=True, default=str)}".encode())
         if isinstance(part, nn.Module):

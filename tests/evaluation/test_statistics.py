@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from diffalign.errors import DataError
-from diffalign.evaluation.statistics import bootstrap_mean, cluster_ids, compare_paired
+from diffalign.evaluation.statistics import bootstrap_mean, cluster_ids, compare_paired, holm, sign_test
 
 NAN = math.nan
 
@@ -71,7 +71,7 @@ def test_the_interval_agrees_with_students_t_on_normal_data():
 @pytest.mark.parametrize(("prompts", "seeds"), [(30, 1), (60, 4)])
 def test_95_per_cent_intervals_cover_the_truth_in_93_to_97_per_cent(prompts, seeds):
     rng = np.random.default_rng(3)
-    simulations, truth, hits = 2000, 0.1, 0
+    simulations, truth, hits = 1000, 0.1, 0
     ids = np.repeat(np.arange(prompts), seeds)
     for simulation in range(simulations):
         per_prompt = rng.normal(0, 0.4, prompts)[ids]
@@ -94,3 +94,29 @@ def test_lists_of_different_length_are_refused():
 
 def test_clusters_are_numbered_by_first_appearance():
     assert cluster_ids(["b", "a", "b"]).tolist() == [0, 1, 0]
+
+
+def test_the_sign_test_counts_prompts_not_pictures():
+    base = np.zeros(12)
+    better = sign_test(base, [1.0] * 12, [i // 2 for i in range(12)])
+    assert (better.wins, better.losses, better.p) == (6, 0, pytest.approx(2 / 2**6))
+    mixed = sign_test([0, 0, 0, 0, 0, NAN], [1, -1, 1, 1, -1, 9], ["a", "a", "b", "c", "d", "e"])
+    assert (mixed.wins, mixed.losses, mixed.ties) == (2, 1, 1)
+    assert sign_test([1.0], [1.0], ["a"]).p == 1.0 and math.isnan(sign_test([NAN], [1.0], ["a"]).p)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, NAN]) == pytest.approx([0.03, 0.06, 0.06, NAN], nan_ok=True)
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_without_an_effect_holm_claims_something_in_at_most_5_per_cent_of_studies():
+    rng = np.random.default_rng(5)
+    studies, scores, prompts = 400, 6, 40
+    change = rng.normal(size=(studies, scores, prompts))
+    wins = (change > 0).sum(-1)
+    p = stats.binom.cdf(np.minimum(wins, prompts - wins), prompts, 0.5) * 2  # the sign test, all at once
+    first = sign_test(np.zeros(prompts), change[0, 0], range(prompts))
+    assert first.p == pytest.approx(min(p[0, 0], 1.0))
+    plain = np.mean([row.min() < 0.05 for row in p])
+    assert np.mean([min(holm(row.tolist())) < 0.05 for row in p]) <= 0.05 < plain
