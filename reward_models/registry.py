@@ -25,6 +25,7 @@ _BUILT_IN = {
     "mps": "reward_models.mps:MPS",
     "pickscore": "reward_models.pickscore:PickScore",
     "unified-reward": "reward_models.unified_reward:UnifiedReward",
+    "vqascore": "reward_models.vqascore:VQAScore",
 }
 
 

@@ -63,6 +63,9 @@ class LocalBackend:
             self.vlm.to(device)
         self.vlm.eval().requires_grad_(False)
         self.processor.tokenizer.padding_side = "left"  # answers have to begin where the question ends
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        shown = (getattr(self.processor, kind, None) for kind in ("image_token", "video_token"))
+        self._control = {token.content for token in added if token.special} | {str(token) for token in shown if token}
         self.batch_size, self.template_options = batch_size, template_options or {}
         self.model, self.revision = str(model), revision or getattr(self.vlm.config, "_commit_hash", None)
         self._lock = threading.Lock()
@@ -129,7 +132,7 @@ class LocalBackend:
 
     def _plain(self, text: str) -> str:
         """A caption may contain ``<|im_end|>`` or an image's placeholder: as plain words they end or show nothing."""
-        for token in self.processor.tokenizer.get_added_vocab():
+        for token in self._control:
             text = text.replace(token, f"{token[:1]} {token[1:]}")
         return text
 
