@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -203,7 +204,12 @@ def _iterate_plain(
     pipeline: Any, texts: Sequence[str], seeds: Sequence[int], spec: PipelineSpec, batch_size: int
 ) -> Iterator[list[Image.Image]]:
     """Any text-to-image pipeline of diffusers, through its own call; each picture has a generator of its own."""
-    size = {name: value for name, value in (("height", spec.height), ("width", spec.width)) if value is not None}
+    options: dict[str, Any] = {n: v for n, v in (("height", spec.height), ("width", spec.width)) if v is not None}
+    known = inspect.signature(pipeline.__call__).parameters
+    guided = next((name for name in ("guidance_scale", "prior_guidance_scale") if name in known), None)
+    if guided is None:
+        raise ConfigError(f"{type(pipeline).__name__} takes no guidance_scale, so it cannot be drawn with.")
+    options[guided] = spec.guidance
     for start in range(0, len(texts), batch_size):
         chosen = slice(start, start + batch_size)
         generators = [
@@ -215,8 +221,7 @@ def _iterate_plain(
                 prompt=list(texts[chosen]),
                 generator=generators,
                 num_inference_steps=spec.steps,
-                guidance_scale=spec.guidance,
-                **size,
+                **options,
             )
         yield list(output.images)
 

@@ -36,7 +36,7 @@ def write_card(folder: Path, report: Mapping[str, Any]) -> Path:
         task_categories=["text-to-image"],
         size_categories=[next((name for limit, name in _SIZES if report["rows"] < limit), "n>1M")],
         tags=["diffalign", "preference", "synthetic", "ranked-preferences", "image"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "train-*.parquet"}]}],
+        # No `configs`: `datasets` would key its cache by them and the folder's name alone, and mix tables up.
     )
     shown = _grid(folder)
     sections = [

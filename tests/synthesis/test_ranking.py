@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.errors import ConfigError, DataError
-from diffalign.synthesis.ranking import rank_candidates
+from diffalign.synthesis.ranking import Voter, rank_by_given, rank_by_sum, rank_candidates
 
 NAN = math.nan
 
@@ -62,3 +62,39 @@ def test_properties(table, order):
             assert (ranking.rank[i] < ranking.rank[j]) == (ranking.preference[i] > ranking.preference[j])
     moved = rank_candidates({name: [row[i] for i in order] for name, row in scores.items()})
     assert moved.preference == [ranking.preference[i] for i in order]
+
+
+def test_families_share_one_vote_and_weights_count():
+    scores = {"clip1": [2.0, 1.0], "clip2": [2.0, 1.0], "other": [1.0, 2.0]}
+    assert rank_candidates(scores).preference == pytest.approx([2 / 3, 1 / 3])
+    one_family = {"clip1": Voter(family="clip"), "clip2": Voter(family="clip")}
+    assert rank_candidates(scores, voters=one_family).rank == [1, 1]
+    assert rank_candidates(scores, voters={"other": Voter(weight=4.0)}).preference == pytest.approx([2 / 6, 4 / 6])
+    # a family's vote is whole again when one of its models says nothing
+    scores["clip2"] = [NAN, 1.0]
+    assert rank_candidates(scores, voters=one_family).preference == pytest.approx([0.5, 0.5])
+
+
+def test_weights_that_no_float_holds_still_tie_exactly():
+    voters = {name: Voter(weight=0.1) for name in "abc"} | {"d": Voter(weight=0.3)}
+    scores = {name: [1.0, 0.0] for name in "abc"} | {"d": [0.0, 1.0]}
+    assert rank_candidates(scores, voters=voters).rank == [1, 1]
+
+
+def test_a_lead_within_the_tie_is_no_win():
+    assert rank_candidates({"m": [0.50, 0.49, 0.1]}, voters={"m": Voter(tie=0.05)}).rank == [1, 1, 3]
+
+
+def test_judges_vote_by_their_comparisons_even_in_a_circle():
+    circle = {"judge": [0.9, 0.1, 0.9]}  # 0 beats 1, 2 beats 0, 1 beats 2
+    ranking = rank_candidates({"judge": [0.5, 0.5, 0.5]}, comparisons=circle)
+    assert ranking.rank == [1, 1, 1] and ranking.preference == [0.5, 0.5, 0.5]
+    assert rank_candidates({"judge": [0.5] * 3}, comparisons={"judge": [0.9, NAN, 0.9]}) is None
+
+
+def test_weighted_sums_and_given_orders():
+    voters = {"a": Voter(weight=1.0), "b": Voter(weight=10.0)}
+    assert rank_by_sum({"a": [5.0, 0.0, 1.0], "b": [0.0, 1.0, 1.0]}, voters).rank == [3, 2, 1]
+    assert rank_by_sum({"a": [5.0, 0.0], "b": [NAN, 1.0]}, voters).voters == ("a",)
+    assert rank_by_sum({"a": [5.0, 0.0], "b": [NAN, 1.0]}, voters, missing="skip_row") is None
+    assert rank_by_given([0.0, 1.0, 1.0]).preference == [0.0, 0.5, 0.5]

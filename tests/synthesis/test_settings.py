@@ -1,0 +1,78 @@
+"""Settings of the generator: overrides reach every part, mistakes name the nearest key."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffalign.errors import ConfigError
+from diffalign.synthesis.config import (
+    GenerationConfig,
+    PipelineSpec,
+    RewardSpec,
+    describe,
+    dump,
+    examples,
+    load_generation,
+)
+
+
+def test_every_shipped_example_can_be_read_and_written(tmp_path):
+    assert {"shapes-synpic", "shapes-style", "sdxl-synpic"} <= set(examples())
+    for name in examples():
+        config = load_generation(name)
+        (tmp_path / "copy.yaml").write_text(dump(config), encoding="utf-8")
+        assert load_generation(tmp_path / "copy.yaml") == config
+
+
+def test_overrides_reach_parts_by_name_and_number():
+    config = load_generation(
+        "shapes-synpic",
+        ["seed=3", "pipelines.base.steps=4", "pipelines.1.guidance=1", "reward_models.shapes.weight=2"],
+    )
+    assert (config.seed, config.pipelines[0].steps, config.pipelines[1].guidance) == (3, 4, 1.0)
+    assert config.scorers["shapes"].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("sed=1", "unknown key 'sed'; did you mean 'seed'"),
+        ("pipelines.0.step=4", "unknown key 'pipelines.0.step'; did you mean 'steps'"),
+        ("reward_models.0.wieght=4", "did you mean 'weight'"),
+        ("pipelines.base.steps=no", "pipelines.0.steps: .*valid integer; got 'no'"),
+        ("pipelines.bass.steps=4", "one of base, strong"),
+        ("pipelines.0.steps=0", "greater than or equal to 1; got 0"),
+        ("pipelines.0.scheduler=EulerScheduler", "did you mean 'EulerDiscreteScheduler'|diffusers has no"),
+        ("pipelines.0.prompt=a cat", "expected a text with {prompt}"),
+        ("pipelines=[shapes]", "at least two images per prompt"),
+        ("pipelines=[shapes, shapes]", "two of them are named 'shapes'"),
+        ("pipelines=[{model: shapes, name: a/b}]", "'a/b' is no name"),
+        ("reward_models=[]", "needs at least one that votes"),
+        ("rank_by=vote", "'votes', 'weighted_sum' or 'pipelines'; got 'vote'"),
+        ("image_quality=80", "no effect on png"),
+        ("held_out=1", "less than 1"),
+        ("nonsense", "expected key=value"),
+    ],
+)
+def test_mistakes_are_named(override, word):
+    with pytest.raises(ConfigError, match=word):
+        load_generation("shapes-synpic", [override])
+
+
+def test_a_missing_key_is_explained():
+    with pytest.raises(ConfigError, match="output_dir is missing: Folder of the table"):
+        load_generation(None, ["prompts=shapes", "pipelines=[{images: 2}]", "reward_models=[shapes]"])
+    with pytest.raises(ConfigError, match="shapes-synpic"):
+        load_generation("shapes-sympic")
+
+
+def test_every_key_is_described_and_read():
+    from pathlib import Path
+
+    import diffalign.synthesis
+
+    source = "".join(path.read_text() for path in Path(diffalign.synthesis.__file__).parent.glob("*.py"))
+    for kind in (GenerationConfig, PipelineSpec, RewardSpec):
+        for name, field in kind.model_fields.items():
+            assert field.description and f"  {name}: " in describe()
+            assert f".{name}" in source, f"{kind.__name__}.{name} is never read"
