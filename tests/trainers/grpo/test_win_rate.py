@@ -7,11 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from diffalign.errors import ConfigError
-from diffalign.trainers.grpo.win_rate import ScoreJudge, as_judge, sparse_pairs, swiss_round, win_rates
-from reward_models import FunctionRewardModel
+from diffalign.trainers.grpo.win_rate import ask_scores, sparse_pairs, swiss_round, win_rates
 
 NAN = float("nan")
 
@@ -135,23 +133,13 @@ def test_nobody_meets_twice_while_others_wait():
     assert len(swiss_round([0.0] * 5, set(), 0)) == 2
 
 
-def test_a_scorer_as_judge_scores_each_picture_once_under_its_own_prompt():
-    seen = []
-
-    def brightness(images, prompts):
-        seen.extend(prompts)
-        values = [float(np.asarray(image).mean()) for image in images]
-        return [NAN if text == "unknown" else value for value, text in zip(values, prompts, strict=True)]
-
-    judge = as_judge(FunctionRewardModel(brightness))
-    dark, mid, light = (Image.new("RGB", (4, 4), (v, v, v)) for v in (10, 100, 200))
-    answers = judge.compare([(dark, light), (light, dark), (mid, mid)], ["a", "a", "b"])
-    assert answers.tolist() == [0.0, 1.0, 0.5]
-    assert sorted(seen) == ["a", "a", "b"]
-    assert bool(torch.isnan(judge.compare([(dark, light)], ["unknown"])).all())
-    lenient = ScoreJudge(FunctionRewardModel(brightness), tie_margin=95.0)
-    assert lenient.compare([(dark, mid), (dark, light)], ["a", "a"]).tolist() == [0.5, 0.0]
-    assert as_judge(judge) is judge
+def test_scores_as_a_judge():
+    ask = ask_scores(torch.tensor([10.0, 100.0, 200.0, NAN]))
+    assert ask([(0, 2), (2, 0), (1, 1)]).tolist() == [0.0, 1.0, 0.5]
+    assert bool(torch.isnan(ask([(0, 3), (3, 0)])).all())
+    lenient = ask_scores(torch.tensor([10.0, 100.0, 200.0]), tie_margin=95.0)
+    assert lenient([(0, 1), (0, 2)]).tolist() == [0.5, 0.0]
+    assert win_rates(lenient, 3).win_rate.tolist() == [0.25, 0.25, 1.0]
 
 
 def test_unknown_schedule():

@@ -1,0 +1,275 @@
+"""What a run does: it learns, it refuses, it survives judges that hang or die, and it continues exactly."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from diffalign.errors import CheckpointError, ConfigError, RewardError
+from diffalign.trainers import PrefGRPOConfig, PrefGRPOTrainer
+from diffalign.trainers.grpo import rewards
+from diffalign.trainers.grpo.rewards import load_rewards
+from diffalign.trainers.prompts import load_prompts
+from reward_models import FunctionRewardModel
+from tests.trainers.grpo.conftest import PROMPTS, Judge, brightness
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(trainer):
+    return [parameter.detach().clone() for parameter in trainer.parameters]
+
+
+@pytest.mark.parametrize("reward", ["score", "win_rate"])
+def test_training_raises_the_reward(make, reward):
+    settings = {"learning_rate": 2e-3, "adapter": "none", "shared_noise": True, "ratio_norm": True}
+    trainer = make(max_steps=12, group_size=8, batch_size=16, guidance_scale=1.0, reward=reward, **settings)
+    trainer.train()
+    scores = [line["reward/brightness/score"] for line in lines(trainer.output_dir)]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 2.0
+    if reward == "win_rate":  # the mean of a win rate says nothing
+        assert all(line["reward/brightness/first_wins"] == pytest.approx(0.5) for line in lines(trainer.output_dir))
+
+
+def test_equal_rewards_change_nothing(make):
+    trainer = make(models=[FunctionRewardModel(lambda images, prompts: [3.3] * len(images), "same")], max_steps=2)
+    before = weights(trainer)
+    metrics = trainer.train()["metrics"]
+    assert metrics["grad_norm"] == 0.0
+    assert metrics["group/silent"] == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+
+
+@pytest.mark.parametrize("form", ["prediction", "density"])
+def test_the_pull_to_the_reference_starts_at_zero(make, form):
+    trainer = make(kl_weight=0.5, kl_form=form, max_steps=2, learning_rate=1e-3)
+    trainer.train()
+    first, second = lines(trainer.output_dir)
+    assert first["kl"] == 0.0
+    assert second["kl"] > 0
+    assert second["loss"] == pytest.approx(second["surrogate"] + 0.5 * second["kl"], rel=1e-5)
+
+
+def test_every_pair_is_asked_in_both_orders_under_its_own_prompt(make):
+    judge = Judge()
+    trainer = make(models=[judge])
+    trainer.train()
+    assert len(judge.asked) == 2 * 4 * 3
+    groups = {prompt for _, prompt in judge.asked}
+    assert groups == {trainer.sample_of(0, 0).prompt, trainer.sample_of(0, 4).prompt}
+    for (a, b), prompt in judge.asked:
+        assert a is not b
+        assert any(x is b and y is a and text == prompt for (x, y), text in judge.asked)
+
+
+def test_a_judge_works_while_pictures_are_drawn(make):
+    began, drawn = [], []
+
+    def slow(images, prompts):
+        began.append(time.monotonic())
+        return brightness(images, prompts)
+
+    trainer = make(models=[FunctionRewardModel(slow)], prompts_per_rollout=4, batch_size=4)
+    draw = trainer.sampling.draw
+
+    def watched(*arguments):
+        result = draw(*arguments)
+        drawn.append(time.monotonic())
+        return result
+
+    trainer.sampling.draw = watched
+    trainer.train()
+    assert len(began) == len(drawn) == 4
+    assert began[0] < drawn[1]
+
+
+def test_a_judge_that_hangs_does_not_stall_training(make):
+    release = threading.Event()
+    calls = []
+
+    def sometimes(images, prompts):
+        calls.append(1)
+        if len(calls) == 1:
+            release.wait(60)
+        return brightness(images, prompts)
+
+    trainer = make(models=[FunctionRewardModel(sometimes)], max_steps=2, reward_timeout=0.3)
+    began = time.monotonic()
+    trainer.train()
+    release.set()
+    first, second = lines(trainer.output_dir)
+    assert time.monotonic() - began < 50
+    assert first["reward/sometimes/timeouts"] == 2.0  # the group that hangs, and the one behind it
+    assert first["grad_norm"] == 0.0
+    assert second["reward/sometimes/timeouts"] == 0.0
+    assert second["grad_norm"] > 0
+
+
+class Server:
+    """A judge behind HTTP that can be taken down and brought back."""
+
+    def __init__(self):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                values = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps([value / 255 for value in values]).encode())
+
+            def log_message(self, *arguments):
+                return
+
+        self.handler, self.port = Handler, 0
+        self.start()
+
+    def start(self):
+        self.server = HTTPServer(("127.0.0.1", self.port), self.handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def score(self, images, prompts):
+        means = brightness(images, prompts)
+        return httpx.post(f"http://127.0.0.1:{self.port}", json=means, timeout=5, trust_env=False).json()
+
+
+def test_a_judge_that_dies_pauses_the_run_which_then_continues_exactly(make, tmp_path):
+    server = Server()
+    model = FunctionRewardModel(server.score, "served")
+    settings = {"max_steps": 3, "judge_patience": 0.0, "save_every": 1}
+    whole = make(models=[model], output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+
+    class Dies(PrefGRPOTrainer):
+        def roll_out(self, iteration):
+            if iteration == 1:
+                server.stop()
+            return super().roll_out(iteration)
+
+    with pytest.raises(RewardError, match=r"(?s)paused: served.*resume=latest"):
+        make(models=[model], cls=Dies, **settings).train()
+    server.start()
+    resumed = make(models=[model], resume="latest", **settings)
+    resumed.train()
+    server.stop()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert lines(resumed.output_dir) == lines(whole.output_dir)
+
+
+def test_training_waits_for_a_judge_that_comes_back(make, monkeypatch):
+    monkeypatch.setattr(rewards, "RETRY_SECONDS", 0.2)
+    server = Server()
+    server.stop()
+    threading.Timer(1.0, server.start).start()
+    trainer = make(models=[FunctionRewardModel(server.score, "served")], judge_patience=60.0)
+    trainer.train()
+    server.stop()
+    assert lines(trainer.output_dir)[0]["reward/served/missing"] == 0.0
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing is saved after it."""
+
+
+@pytest.mark.parametrize("where", ["in the second update", "in the second rollout", "before the fourth update"])
+def test_a_run_stopped_anywhere_continues_as_if_it_had_not(make, tmp_path, where):
+    settings = {"max_steps": 4, "updates_per_rollout": 2, "save_every": 1, "ema_decay": 0.9, "ratio_norm": True}
+    whole = make(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+
+    class Mortal(PrefGRPOTrainer):
+        def _backward(self, rollout, chunks, number):
+            out = super()._backward(rollout, chunks, number)
+            if (where, self.step) in {("in the second update", 1), ("before the fourth update", 3)}:
+                raise Killed
+            return out
+
+        def _collect(self, iteration, work):
+            if where == "in the second rollout" and iteration == 1:
+                raise Killed
+            return super()._collect(iteration, work)
+
+    with pytest.raises(Killed):
+        make(cls=Mortal, **settings).train()
+    resumed = make(resume="latest", **settings)
+    resumed.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert (resumed.output_dir / "metrics.jsonl").read_bytes() == (whole.output_dir / "metrics.jsonl").read_bytes()
+
+
+def test_another_runs_checkpoint_is_refused(make):
+    make(save_every=1).train()
+    with pytest.raises(CheckpointError, match="groups"):
+        make(resume="latest", max_steps=2, group_size=2, prompts_per_rollout=4).train()
+
+
+def test_hold_out_is_drawn_with_the_deployed_sampler_and_compared_with_the_base(make):
+    unseen = FunctionRewardModel(lambda images, prompts: [-value for value in brightness(images, prompts)], "darkness")
+    settings = {"holdout_every": 1, "holdout_prompts": "shapes:heldout", "holdout_count": 2, "validation_steps": 2}
+    trainer = make(models=[Judge()], holdout=[unseen], adapter="none", max_steps=2, learning_rate=1e-3, **settings)
+    trainer.train()
+    last = lines(trainer.output_dir)[-1]
+    assert {"holdout/darkness", "holdout/darkness_change", "holdout/darkness_error"} <= last.keys()
+    assert -0.5 <= last["holdout/training-judge_change"] <= 0.5
+    assert sorted(path.name for path in (trainer.output_dir / "holdout/validation/base").glob("*.png")) == [
+        "000.png",
+        "001.png",
+    ]
+    before = trainer.holdout.base["darkness"].mean().item()
+    assert last["holdout/darkness"] - before == pytest.approx(last["holdout/darkness_change"], abs=1e-4)
+
+
+def test_time_is_told_but_kept_out_of_the_repeatable_file(make):
+    trainer = make()
+    metrics = trainer.train()["metrics"]
+    assert {"time/sampling", "time/training", "time/waiting_for_rewards", "time/brightness"} <= metrics.keys()
+    assert not any(name.startswith("time/") for name in lines(trainer.output_dir)[0])
+    assert metrics["reward/brightness/calls"] == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 3}, "cannot be divided"),
+        ({"lora_dropout": 0.1}, "replay"),
+        ({"gradient_accumulation_steps": 2}, "no effect"),
+        ({"pairing": "opponents"}, "opponents"),
+        ({"reward": "score", "tie_margin": 0.1}, "no effect"),
+        ({"kl_form": "density"}, "no effect"),
+        ({"guidance_scale": 1.0, "guidance_gradient": "conditional"}, "no effect"),
+        ({"sampler": "flow_sde"}, "ddim, cps"),
+        ({"holdout_every": 1}, "need each other"),
+        ({"reward_weights": [1.0, 2.0]}, "one weight for each"),
+        ({"resolution": 20}, "multiple"),
+    ],
+)
+def test_settings_that_cannot_be_meant(make, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
+
+
+def test_rewards_must_exist_and_fit(make, tmp_path):
+    with pytest.raises(ConfigError, match="at least one"):
+        make(models=[])
+    with pytest.raises(ConfigError, match="only compares"):
+        make(models=[Judge()], reward="score")
+    assert load_rewards(["shapes"])[0].name == "shapes"
+    with pytest.raises(ConfigError, match="option=value"):
+        load_rewards(["clip?nonsense"])
+    with pytest.raises(ConfigError, match="no effect"):
+        load_prompts(PROMPTS, score="clip")
+    assert len(load_prompts("shapes:train")) == 4000
+    assert PrefGRPOConfig(kl_weight=0.1).has_reference
+    assert not PrefGRPOConfig().has_reference
