@@ -111,7 +111,8 @@ def evaluate(
         progress=True,
     )
     for model in report["models"]:
-        typer.echo(f"{model['name']}: {model['model']}" if len(report["models"]) > 1 else "", nl=len(models) > 1)
+        if len(models) > 1:
+            typer.echo(f"\n{model['name']}: {model['model']}")
         typer.echo(score_table(model))
     typer.echo(f"report: {output / 'report.html'} (numbers in report.json, pictures in grid.png)")
 

@@ -197,6 +197,8 @@ def test_score_table() -> None:
     assert head.split()[0] == "score"
     assert " ".join(first.split()) == "strict 0.250 0.500 +0.250 [+0.100, +0.400] 0.750 [0.500, -] 0.125 8"
     assert second.split()[:2] == ["x", "-"]
+    one_pair = score | {"role": "trained-on", "difference": {"mean": 0.25, "ci95": None, "n": 1}}
+    assert "strict (trained-on)" in (line := score_table({"scores": {"strict": one_pair}})) and "[-, -]" in line
 
 
 # --- the whole path ------------------------------------------------------------------------------------------------
