@@ -30,7 +30,7 @@ def rate_chart(standings: Sequence[Standing], score: str) -> str:
     against = shown[0].against
     return _intervals(
         [(s.model, s.rate) for s in shown],
-        title=f"share of wins against {against} ({score})",
+        title=f"share of wins against {against}, score {score}",
         middle=0.5,
         limits=(0.0, 1.0),
         form="{:.2f}",

@@ -71,7 +71,7 @@ def render_standings(standings: Sequence[Standing], score: str) -> str:
     ]
     head = ("model", "win rate [95 %]", "wins", "ties", "losses", "mean difference")
     against = standings[0].against if standings else ""
-    return table(head, rows, f"{score}, against {against}, on the same prompts and seeds of this page")
+    return table(head, rows, f"Score {score}: each model against {against}, on the prompts and seeds of this page")
 
 
 def render_ratings(ratings: Sequence[Rating], pairs: Sequence[Duel], votes: int) -> str:

@@ -22,6 +22,7 @@ from ..shapes import sample_captions
 from .engine import Ask, Engine
 from .models import parse_model
 from .runs import Runs
+from .sheet import hint
 from .votes import VoteBook
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,11 @@ class Inputs:
     def all(self) -> list[Any]:
         """The components."""
         return [self.prompts, self.models, self.seed, self.count, self.steps, self.guidance, self.side]
+
+
+def note(text: str) -> None:
+    """The line that says what a panel shows."""
+    gr.HTML(hint(text), padding=False)
 
 
 def told(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,15 +213,13 @@ def _settings(demo: Demo) -> tuple[Inputs, Callable[..., Any]]:
     limits, labels = demo.engine.limits, demo.engine.labels
     prompts = list(demo.prompts) or sample_captions(3, seed=7, held_out=True)
     with gr.Accordion("What to draw", open=True), gr.Row():
-        with gr.Column(min_width=300):
-            text = gr.Textbox(
-                prompts[0], label="Prompts, one per line", lines=3, max_lines=8, elem_id="prompts", autofocus=False
-            )
+        with gr.Column(min_width=300, scale=2):
+            text = gr.Textbox(prompts[0], label="Prompts, one per line", lines=4, max_lines=8, elem_id="prompts")
             gr.Examples([[prompt] for prompt in prompts], [text], label="Examples", cache_examples=False)
-            file = gr.File(
-                label="or a file with prompts (.txt, .jsonl, .json)",
+            file = gr.UploadButton(
+                "Prompts from a file (.txt, .jsonl, .json)",
                 file_types=[".txt", ".jsonl", ".json"],
-                height=92,
+                size="sm",
                 elem_id="prompt-file",
             )
         with gr.Column(min_width=260):
@@ -238,7 +242,7 @@ def _settings(demo: Demo) -> tuple[Inputs, Callable[..., Any]]:
             steps = gr.Slider(1, limits.steps, min(12, limits.steps), step=1, label="Steps")
             guidance = gr.Slider(0, limits.guidance, 3.0, step=0.5, label="Guidance")
             side = gr.Number(
-                None, label="Size in pixels", info="Empty: the model's own.", precision=0, maximum=limits.side
+                0, label="Size in pixels (0: the model's own)", precision=0, minimum=0, maximum=limits.side, step=8
             )
 
     def read(path: str) -> str:

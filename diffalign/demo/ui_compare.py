@@ -10,29 +10,27 @@ import gradio as gr
 from .charts import rate_chart
 from .engine import Ask, Picture
 from .session import Session, StoppedError
-from .sheet import VIEWS, hint, render_sheet, render_standings
-from .ui import DRAWING, QUICK, Demo, Inputs, told
+from .sheet import VIEWS, render_sheet, render_standings
+from .ui import DRAWING, QUICK, Demo, Inputs, note, told
 
 Drawn = tuple[Ask, list[Picture]] | None
 
 
 def build(demo: Demo, inputs: Inputs) -> None:
     """Lay the tab out and wire it."""
-    gr.HTML(
-        hint(
-            "Every model starts from the same noise, so what differs is what training changed. Under each picture: "
-            "scores of the reward models; ★ and a green frame mark the best. A score is not a person's opinion."
-        )
+    note(
+        "Every model starts from the same noise, so what differs is what training changed. Under each picture: "
+        "scores of the reward models; ★ and a green frame mark the best. A score is not a person's opinion."
     )
-    with gr.Row():
+    with gr.Row(elem_classes="bottoms"):
         go = gr.Button("Generate", variant="primary", elem_id="generate", min_width=140)
         stop = gr.Button("Cancel", elem_id="cancel", min_width=140)
         view = gr.Radio(VIEWS, value=VIEWS[0], label="View", elem_id="view", min_width=220)
-    status = gr.HTML(_status("Nothing drawn yet."), elem_id="status")
+    status = gr.HTML(_status("Nothing drawn yet."), padding=False, elem_id="status")
     drawn = gr.State(None)
-    sheet = gr.HTML(elem_id="sheet", label="Pictures")
+    sheet = gr.HTML(padding=False, elem_id="sheet", label="Pictures")
     with gr.Accordion("Slide between two models", open=True, visible=False) as sliding:
-        gr.HTML(hint("One picture over another: drag the handle, or use the arrow keys, to see where they differ."))
+        note("One picture over another: drag the handle, or use the arrow keys, to see where they differ.")
         with gr.Row():
             left = gr.Dropdown([], label="Left", elem_id="slide-left", min_width=140)
             right = gr.Dropdown([], label="Right", elem_id="slide-right", min_width=140)
@@ -40,21 +38,29 @@ def build(demo: Demo, inputs: Inputs) -> None:
         slider = gr.ImageSlider(
             label="Left and right model", type="filepath", max_height=420, elem_id="slider", buttons=[]
         )
-    gr.HTML(
-        hint(
-            "Win rates so far on this page: how often a model scores above the first one on the same prompt and seed. "
-            "An interval that holds 0.5 means: not decided."
-        )
+    note(
+        "Win rates so far on this page: how often a model scores above the first one on the same prompt and seed. "
+        "An interval that holds 0.5 means: not decided."
     )
     with gr.Row():
-        rates = gr.HTML(elem_id="rates", min_width=320)
-        chart = gr.HTML(elem_id="rate-chart", min_width=320)
+        rates = gr.HTML(padding=False, elem_id="rates", min_width=320)
+        chart = gr.HTML(padding=False, elem_id="rate-chart", min_width=320)
 
     @told
-    def generate(*values: Any, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
-        *settings, chosen_view = values
+    def generate(
+        prompts: str,
+        models: list[str],
+        seed: float,
+        count: float,
+        steps: float,
+        guidance: float,
+        side: float,
+        chosen_view: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio passes it)
+    ) -> Iterator[Any]:
         session = demo.engine.sessions[request.session_hash]
-        ask = demo.ask(*settings)
+        ask = demo.ask(prompts, models, seed, count, steps, guidance, side)
         pictures: list[Picture] = []
         progress(0.0, desc="waiting for the models")
         try:

@@ -17,7 +17,7 @@ from .models import ModelSpec, parse_model
 from .runs import Run
 from .session import StoppedError
 from .sheet import hint, render_sheet, url_of
-from .ui import DRAWING, QUICK, Demo, Inputs, told
+from .ui import DRAWING, QUICK, Demo, Inputs, note, told
 
 START = "start"  # the base model, before the first step
 
@@ -25,33 +25,31 @@ START = "start"  # the base model, before the first step
 def build(demo: Demo, inputs: Inputs) -> tuple[Callable[..., Any], gr.Dropdown, list[Any]]:
     """Lay the tab out and wire it; returns what reads a run, with its input and outputs."""
     names = demo.runs.names()
-    gr.HTML(
-        hint(
-            "A training run from the inside: whether it learns (accuracy above 0.5, margin rising), whether it breaks "
-            "things (the winner's error must not rise), and what its pictures looked like on the way."
-        )
+    note(
+        "A training run from the inside: whether it learns (accuracy above 0.5, margin rising), whether it breaks "
+        "things (the winner's error must not rise), and what its pictures looked like on the way."
     )
-    with gr.Row():
+    with gr.Row(elem_classes="bottoms"):
         run = gr.Dropdown(
             names, value=names[0] if names else None, label=f"Run (in {demo.runs.root.name})", elem_id="run"
         )
-        again = gr.Button("Read again", elem_id="read-run", min_width=120)
-    verdict = gr.HTML(elem_id="verdict")
-    curves = gr.HTML(elem_id="curves", label="Curves")
+        again = gr.Button("Read again", elem_id="read-run", min_width=120, scale=0)
+    verdict = gr.HTML(padding=False, elem_id="verdict")
+    curves = gr.HTML(padding=False, elem_id="curves", label="Curves")
     with gr.Accordion("Validation pictures", open=True):
-        gr.HTML(hint("The base on the left and the model in training on the right, from the same noise at every step."))
+        note("The base on the left and the model in training on the right, from the same noise at every step.")
         step = gr.Dropdown([], label="Optimizer step", elem_id="grid-step")
-        grid = gr.HTML(elem_id="grid")
+        grid = gr.HTML(padding=False, elem_id="grid")
     with gr.Accordion("Settings of the run", open=False):
         settings = gr.Code(language="yaml", label="Resolved settings", interactive=False, elem_id="run-settings")
     with gr.Accordion("Compare two checkpoints", open=True):
-        gr.HTML(hint("Drawn now, with the prompts, seeds and settings from the top of the page."))
-        with gr.Row():
+        note("Drawn now, with the prompts, seeds and settings from the top of the page.")
+        with gr.Row(elem_classes="bottoms"):
             first = gr.Dropdown([], label="First", elem_id="checkpoint-first", min_width=140)
             second = gr.Dropdown([], label="Second", elem_id="checkpoint-second", min_width=140)
-            go = gr.Button("Compare", variant="primary", elem_id="compare-checkpoints", min_width=140)
-        status = gr.HTML(_said(""), elem_id="checkpoint-status")
-        sheet = gr.HTML(elem_id="checkpoint-sheet")
+            go = gr.Button("Compare", variant="primary", elem_id="compare-checkpoints", min_width=140, scale=0)
+        status = gr.HTML(_said(""), padding=False, elem_id="checkpoint-status")
+        sheet = gr.HTML(padding=False, elem_id="checkpoint-sheet")
 
     @told
     def read(name: str | None) -> Any:
@@ -87,12 +85,24 @@ def build(demo: Demo, inputs: Inputs) -> tuple[Callable[..., Any], gr.Dropdown, 
         return f"<div class='scroll' tabindex='0'><img src='{url_of(copy)}' alt='{words}'></div>"
 
     @told
-    def compare(name: str, first: str, second: str, *values: Any, request: gr.Request) -> Iterator[Any]:
+    def compare(
+        name: str,
+        first: str,
+        second: str,
+        prompts: str,
+        models: list[str],
+        seed: float,
+        count: float,
+        steps: float,
+        guidance: float,
+        side: float,
+        request: gr.Request,
+    ) -> Iterator[Any]:
         chosen = demo.runs[name]
         if first == second:
             raise ConfigError("Choose two different checkpoints.")
         specs = checkpoint_specs(chosen, (first, second), demo.base)
-        ask = replace(demo.ask(*values), models=(first, second))
+        ask = replace(demo.ask(prompts, models, seed, count, steps, guidance, side), models=(first, second))
         pictures: list[Picture] = []
         session = demo.engine.sessions[request.session_hash]
         yield _said("Drawing ..."), ""

@@ -14,8 +14,8 @@ from ..errors import ConfigError
 from ..evaluation.ratings import duels, rate_models
 from .charts import rating_chart
 from .session import StoppedError
-from .sheet import hint, render_ballot, render_ratings
-from .ui import DRAWING, QUICK, Demo, Inputs, told
+from .sheet import render_ballot, render_ratings
+from .ui import DRAWING, QUICK, Demo, Inputs, note, told
 from .votes import CHOICES, draw_ballot
 
 KEPT_EXPORTS = 4
@@ -30,33 +30,29 @@ LAYOUTS = {"Our preference table": "preferences", "Pick-a-Pic columns": "pickapi
 
 def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[..., Any], tuple[list[Any], list[Any]]]:
     """Lay the tab out and wire it; returns what shows the votes when the page opens, with its inputs and outputs."""
-    gr.HTML(
-        hint(
-            "Two of the chosen models drew one of the prompts from the same noise. Their sides are shuffled and their "
-            "names hidden until you vote. Each vote is a row that <code>diffalign train</code> can learn from."
-        )
+    note(
+        "Two of the chosen models drew one of the prompts from the same noise. Their sides are shuffled and their "
+        "names hidden until you vote. Each vote is a row that <code>diffalign train</code> can learn from."
     )
     with gr.Row():
         again = gr.Button("Next pair (N)", variant="primary", elem_id="vote-next", min_width=180)
         gr.Checkbox(True, label="Keys 1 2 3 4 vote, N draws the next pair", elem_id="vote-keys", min_width=220)
-    said = gr.HTML(_said("No pair yet: press Next pair."), elem_id="vote-status")
-    pair = gr.HTML(elem_id="ballot", label="Pair")
+    said = gr.HTML(_said("No pair yet: press Next pair."), padding=False, elem_id="vote-status")
+    pair = gr.HTML(padding=False, elem_id="ballot", label="Pair")
     waiting = gr.State("")
     with gr.Row(elem_classes="votes"):
         buttons = {
             choice: gr.Button(text, elem_id=name, min_width=150, interactive=False)
             for choice, (text, name) in BUTTONS.items()
         }
-    gr.HTML(
-        hint(
-            "What the votes say so far: Bradley-Terry strengths on the Elo scale with 95 % intervals. Intervals that "
-            "overlap much mean that more votes are needed."
-        )
+    note(
+        "What the votes say so far: Bradley-Terry strengths on the Elo scale with 95 % intervals. Intervals that "
+        "overlap much mean that more votes are needed."
     )
     mine = gr.Checkbox(False, label="Only my votes", elem_id="only-mine")
     with gr.Row():
-        ratings = gr.HTML(elem_id="ratings", min_width=320)
-        chart = gr.HTML(elem_id="rating-chart", min_width=320)
+        ratings = gr.HTML(padding=False, elem_id="ratings", min_width=320)
+        chart = gr.HTML(padding=False, elem_id="rating-chart", min_width=320)
     with gr.Accordion("Download the votes", open=False, elem_id="downloads"):
         layout = gr.Radio(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Columns")
         make = gr.Button("Make the files", elem_id="export")
@@ -68,13 +64,22 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
         return render_ratings(rated, duels(games), len(games)), rating_chart(rated)
 
     @told
-    def draw(*settings: Any, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Iterator[Any]:  # noqa: B008
+    def draw(
+        prompts: str,
+        models: list[str],
+        seed: float,
+        count: float,
+        steps: float,
+        guidance: float,
+        side: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio passes it)
+    ) -> Iterator[Any]:
         session = demo.engine.sessions[request.session_hash]
         yield _said("Drawing a pair ..."), "", "", *_enabled(False)
         try:
-            ballot = draw_ballot(
-                demo.engine, demo.ask(*settings), session, lambda share, text: progress(share, desc=text)
-            )
+            ask = demo.ask(prompts, models, seed, 1, steps, guidance, side)
+            ballot = draw_ballot(demo.engine, ask, session, lambda share, text: progress(share, desc=text))
         except StoppedError:
             yield _said("Stopped."), "", "", *_enabled(False)
             return

@@ -80,8 +80,8 @@ class Duel:
 def rate_models(games: Sequence[Game], *, confidence: float = 0.95) -> list[Rating]:
     """Bradley-Terry ratings, the strongest first.
 
-    The interval takes the larger of two variances: the fit's own (inverse Hessian, which stays honest when few votes
-    all agree) and the one that is robust to clusters (votes on one prompt are not independent).
+    The interval is the wider of two: from the fit's own variance (inverse Hessian, which stays honest when few votes
+    all agree) and from the one that is robust to clusters (votes on one prompt are not independent).
 
     Args:
         games: votes.
@@ -101,12 +101,10 @@ def rate_models(games: Sequence[Game], *, confidence: float = 0.95) -> list[Rati
         wins[number[game.second], number[game.first]] += 1 - game.outcome
     count, group = connected_components(wins + wins.T, directed=False)
     largest = np.flatnonzero(group == np.bincount(group, minlength=count).argmax())
-    strength, error = np.full(len(names), math.nan), np.full(len(names), math.nan)
+    strength, reach = np.full(len(names), math.nan), np.full(len(names), math.nan)
     rated = [names[index] for index in largest]
     within = [game for game in games if game.first in rated]
-    strength[largest], error[largest] = _fit(wins[np.ix_(largest, largest)], within, rated)
-    clusters = len({game.cluster for game in within})
-    reach = stats.t.ppf((1 + confidence) / 2, max(1, clusters - 1)) * error
+    strength[largest], reach[largest] = _fit(wins[np.ix_(largest, largest)], within, rated, confidence)
     ratings = [
         Rating(name, _elo(strength[index], reach[index]), *_record(games, name)) for index, name in enumerate(names)
     ]
@@ -151,8 +149,8 @@ def win_rate(outcomes: Sequence[float], clusters: Sequence[Hashable], *, confide
     return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
-def _fit(wins: Matrix, games: Sequence[Game], names: list[str]) -> tuple[Matrix, Matrix]:
-    """(k,) strengths of mean 0 in log odds, and their (k,) standard errors."""
+def _fit(wins: Matrix, games: Sequence[Game], names: list[str], confidence: float) -> tuple[Matrix, Matrix]:
+    """(k,) strengths of mean 0 in log odds, and how far their intervals reach to either side."""
     k = len(wins)
     played = wins + wins.T
     strength = np.zeros(k)
@@ -167,12 +165,13 @@ def _fit(wins: Matrix, games: Sequence[Game], names: list[str]) -> tuple[Matrix,
             break
     centre = np.eye(k) - 1 / k
     inverse = np.linalg.inv(hessian)
-    variances = [np.diag(centre @ inverse @ centre)]
+    upper = (1 + confidence) / 2
+    reach = stats.norm.ppf(upper) * np.sqrt(np.diag(centre @ inverse @ centre))
     scores = _cluster_scores(strength, games, names)
     if (m := len(scores)) > 1:
-        middle = scores.T @ scores * (m / (m - 1))
-        variances.append(np.diag(centre @ inverse @ middle @ inverse @ centre))
-    return centre @ strength, np.sqrt(np.maximum.reduce(variances))
+        sandwich = inverse @ (scores.T @ scores * (m / (m - 1))) @ inverse
+        reach = np.maximum(reach, stats.t.ppf(upper, m - 1) * np.sqrt(np.diag(centre @ sandwich @ centre)))
+    return centre @ strength, reach
 
 
 def _information(weights: Matrix, prior: Matrix) -> Matrix:
