@@ -10,30 +10,15 @@ from reward_models import RewardModelError, load_reward_model
 from reward_models.unified_reward import LocalBackend
 from reward_models.unified_reward.backend import Picture, Request
 
-from .tiny_vlm import save, teach, tiny_llava_onevision, tiny_qwen2_vl
+from .conftest import BLUE, RED
+from .tiny_vlm import save, tiny_llava_onevision, tiny_qwen2_vl
 
-RED, BLUE = Image.new("RGB", (16, 16), (230, 20, 20)), Image.new("RGB", (16, 16), (20, 20, 230))
 PURPLE = Image.new("RGB", (16, 16), (125, 20, 125))
 QUESTIONS = [
     Request((Picture(RED), Picture(BLUE)), "one?", max_tokens=6),
     Request((Picture(BLUE), Picture(Image.new("RGB", (24, 16)))), "a longer question?", max_tokens=9),
     Request((Picture(PURPLE),), "two?", max_tokens=6),
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A Qwen2-VL that was taught to prefer red pictures, and to score them."""
-    model, processor = tiny_qwen2_vl()
-    lessons = [
-        ([RED, BLUE], "red?", "Image 1 is better"),
-        ([BLUE, RED], "red?", "Image 2 is better"),
-        ([RED, RED], "red?", "Both images are equally good"),
-        ([RED], "rate red", "Final Score: 5"),
-        ([BLUE], "rate red", "Final Score: 1"),
-    ]
-    teach(model, processor, lessons)
-    return save(tmp_path_factory.mktemp("qwen2-vl"), model, processor)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +107,8 @@ def test_control_tokens_in_a_caption_are_plain_words(checkpoint):
     for token in ("<|image_pad|>", "<|im_end|>"):
         number = backend.processor.tokenizer.convert_tokens_to_ids(token)
         assert plain.count(number) == clean.count(number) > 0
+    word = backend.processor.tokenizer.convert_tokens_to_ids("red")  # one token too, but no control: <think> is such
+    assert word in backend._inputs([Request((Picture(RED),), "red")])["input_ids"][0]
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path, checkpoint):
