@@ -112,7 +112,7 @@ def read_state(path: Path) -> State:
             f"{path} holds pickled objects, not only tensors, and loading it could run any code. In the environment "
             "its makers ask for, save its state_dict() and give that file."
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:  # what torch raises for other files
         raise RewardModelError(f"cannot read {path}: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

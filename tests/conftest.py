@@ -15,8 +15,14 @@ import torch
 MARKERS = {
     "slow": "takes more than a few seconds; run by `make slow`",
     "gpu": "needs a CUDA device; skipped without one",
-    "weights": "needs the weights of the embedded default (diffalign.shapes)",
+    "weights": "needs weights: the embedded default's, or published ones in the folder given by --weights-dir",
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--weights-dir", default=None, metavar="DIR", help="folder of published reward models (docs/reward-models.md)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
