@@ -12,7 +12,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 CHECKED := diffalign reward_models training tests benchmarks demos
 
-.PHONY: help quickstart test lint types slow study-dpo study-offline pretrain-shapes clean
+.PHONY: help quickstart test lint types slow study-dpo study-npo study-offline study-generate pretrain-shapes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,12 @@ study-dpo: $(RUN)  ## three seeds of DPO and its controls on the shapes world; a
 study-offline: $(RUN)  ## every offline method, its controls and ablations, three seeds; some hours on 2 cores
 	$(BIN)/python benchmarks/study_offline.py --name study-offline --arms dpo mapo smpo rankdpo sft shuffled \
 		smpo-hard smpo-noise rankdpo-plain $(ARGS)
+
+study-npo: $(RUN)  ## negative guidance against plain guidance over scales, three seeds; hours on 2 cores
+	$(BIN)/python benchmarks/study_npo.py $(ARGS)
+
+study-generate: $(RUN)  ## 1000 prompts x 4 pictures from two checkpoints x three scorers, then DPO and RankDPO on them
+	$(BIN)/python benchmarks/study_generate.py $(ARGS)
 
 pretrain-shapes: $(RUN)  ## train the embedded micro SDXL from scratch; about 45 minutes on 2 cores
 	$(BIN)/python training/pretrain_shapes.py --output-dir out/shapes-sdxl $(ARGS)

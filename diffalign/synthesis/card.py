@@ -136,7 +136,9 @@ def number(value: float | None) -> str:
 def public_name(name: str | None) -> str:
     """A model's name without folders of this machine."""
     parts = (name or "-").split(" + ")
-    return " + ".join(Path(part).name if part.startswith(("/", ".", "~")) else part for part in parts)
+    return " + ".join(
+        Path(part).name if Path(part).exists() or part.startswith(("/", ".", "~")) else part for part in parts
+    )
 
 
 def _grid(folder: Path) -> int:

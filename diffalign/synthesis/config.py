@@ -265,8 +265,8 @@ def parse(kind: type[Any], values: dict[str, Any]) -> Any:
 
 
 def _keys(kind: type[BaseModel], place: str) -> list[str]:
-    inner = {"pipelines": PipelineSpec, "reward_models": RewardSpec}.get(place.split(".")[0])
-    return list((inner or kind).model_fields)
+    parts: dict[str, type[BaseModel]] = {"pipelines": PipelineSpec, "reward_models": RewardSpec}
+    return list(parts.get(place.split(".")[0], kind).model_fields)
 
 
 def _described(kind: type[BaseModel], place: str) -> str:

@@ -55,7 +55,7 @@ def overlap(items: Iterable[T], *stages: Callable[[T], None], waiting: int = 1) 
                 return
 
     threads = [
-        threading.Thread(target=work, args=(place, stage), name=f"diffalign {stage.__name__}", daemon=True)
+        threading.Thread(target=work, args=(place, stage), name=f"diffalign stage {place}", daemon=True)
         for place, stage in enumerate(stages)
     ]
     for thread in threads:

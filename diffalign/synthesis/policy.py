@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,7 +31,7 @@ def with_policy(config: GenerationConfig, run: Path) -> GenerationConfig:
         raise ConfigError(f"there is a pipeline named {NAME!r} already; rename it, or leave --policy out.")
     kind, weights = find_weights(run)
     first = next(iter(config.artists.values()))
-    changes = {"name": NAME, "license": None}
+    changes: dict[str, Any] = {"name": NAME, "license": None}
     if kind == "lora":
         base = base_of(run) or first.model
         changes |= {"model": base, "lora": str(run), "lora_scale": 1.0}

@@ -79,7 +79,8 @@ def plan_prompts(config: GenerationConfig) -> PromptPlan:
     excluded = set()
     if config.exclude_prompts is not None:
         excluded = {prompt_key(normalise(text)) for text in _read(config.exclude_prompts, config)}
-    plan, seen = PromptPlan(), set()
+    plan = PromptPlan()
+    seen: set[str] = set()
     for text in (text for source in sources for text in _read(source, config)):
         prompt, key = normalise(text), prompt_key(normalise(text))
         reason = _reason(prompt, key, seen, excluded, config.max_prompt_characters)

@@ -108,7 +108,7 @@ def rerank(config: RerankConfig) -> dict[str, Any]:
             if store.record(shard) is None:
                 chosen = [rows[number] for number in range(shard * size, min((shard + 1) * size, len(rows)))]
                 _finish(store, shard, chosen, config, scorers, identities)
-        extra = {"reranked_from": Path(config.table).name, "rank_by": config.rank_by}
+        extra: dict[str, Any] = {"reranked_from": Path(config.table).name, "rank_by": config.rank_by}
         extra |= {"hold_outs": [name for name, spec in config.scorers.items() if not spec.votes]}
         return summarise(store.folder, shards, extra)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class _Run:
         for name, judge in self.config.scorers.items():
             if need := [number for number in todo if not store.has_scores(number, name)]:
                 scorer = Scorer(name, judge, self.device)
-                overlap((self._gather(_Shard(number)) for number in need), lambda s, who=scorer: self._score(s, who))
+                overlap((self._gather(_Shard(number)) for number in need), partial(self._score, scorer=scorer))
                 del scorer
                 _free()
         overlap((self._take_scores(self._gather(_Shard(number))) for number in todo), self._write)

@@ -112,3 +112,30 @@ def test_bad_input_is_refused():
     pipeline.text_encoder = None
     with pytest.raises(ConfigError, match="text encoder"):
         generate_images(pipeline, ["a"], [0], **SETTINGS)
+
+
+def test_families_without_an_adapter_draw_through_their_own_call(tmp_path):
+    """PixArt-Sigma stands for every text-to-image class that diffusers knows."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    from diffalign.synthesis.artists import Artist
+    from diffalign.synthesis.config import PipelineSpec
+    from tests.tiny import T5_WIDTH, tiny_t5, tiny_t5_tokenizer, tiny_vae
+
+    torch.manual_seed(0)
+    tokenizer = tiny_t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=32,
+        cross_attention_dim=16, caption_channels=T5_WIDTH, patch_size=2, norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    )  # fmt: skip
+    PixArtSigmaPipeline(
+        tokenizer, tiny_t5(tokenizer), tiny_vae(), transformer, DPMSolverMultistepScheduler()
+    ).save_pretrained(tmp_path / "pixart")
+    spec = {"model": str(tmp_path / "pixart"), "images": 2, "steps": 2, "guidance": 3.0, "height": 32, "width": 32}
+    artist = Artist("p", PipelineSpec(**spec, batch_size=4), "cpu")
+    together = list(artist.draw(["a cat", "a dog"], seed=0))
+    assert len(together) == 4 and together[0].size == (32, 32)
+    alone = Artist("p", PipelineSpec(**spec, batch_size=1), "cpu")
+    assert difference(together, list(alone.draw(["a cat", "a dog"], seed=0))) <= 1
+    assert difference(together[:1], together[1:2]) > 5
