@@ -211,7 +211,7 @@ def theme() -> gr.themes.Base:
 
 def _settings(demo: Demo) -> tuple[Inputs, Callable[..., Any]]:
     limits, labels = demo.engine.limits, demo.engine.labels
-    prompts = list(demo.prompts) or sample_captions(3, seed=7, held_out=True)
+    prompts = list(demo.prompts) or sample_captions(3, seed=5)
     with gr.Accordion("What to draw", open=True), gr.Row():
         with gr.Column(min_width=300, scale=2):
             text = gr.Textbox(prompts[0], label="Prompts, one per line", lines=4, max_lines=8, elem_id="prompts")

@@ -42,7 +42,7 @@ def build(demo: Demo, inputs: Inputs) -> None:
         "Win rates so far on this page: how often a model scores above the first one on the same prompt and seed. "
         "An interval that holds 0.5 means: not decided."
     )
-    with gr.Row():
+    with gr.Row(elem_classes="halves"):
         rates = gr.HTML(padding=False, elem_id="rates", min_width=320)
         chart = gr.HTML(padding=False, elem_id="rate-chart", min_width=320)
 

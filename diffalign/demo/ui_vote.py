@@ -50,7 +50,7 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
         "overlap much mean that more votes are needed."
     )
     mine = gr.Checkbox(False, label="Only my votes", elem_id="only-mine")
-    with gr.Row():
+    with gr.Row(elem_classes="halves"):
         ratings = gr.HTML(padding=False, elem_id="ratings", min_width=320)
         chart = gr.HTML(padding=False, elem_id="rating-chart", min_width=320)
     with gr.Accordion("Download the votes", open=False, elem_id="downloads"):

@@ -166,12 +166,17 @@ def _fit(wins: Matrix, games: Sequence[Game], names: list[str], confidence: floa
     centre = np.eye(k) - 1 / k
     inverse = np.linalg.inv(hessian)
     upper = (1 + confidence) / 2
-    reach = stats.norm.ppf(upper) * np.sqrt(np.diag(centre @ inverse @ centre))
+    reach = stats.norm.ppf(upper) * _roots(centre @ inverse @ centre)
     scores = _cluster_scores(strength, games, names)
     if (m := len(scores)) > 1:
         sandwich = inverse @ (scores.T @ scores * (m / (m - 1))) @ inverse
-        reach = np.maximum(reach, stats.t.ppf(upper, m - 1) * np.sqrt(np.diag(centre @ sandwich @ centre)))
+        reach = np.maximum(reach, stats.t.ppf(upper, m - 1) * _roots(centre @ sandwich @ centre))
     return centre @ strength, reach
+
+
+def _roots(covariance: Matrix) -> Matrix:
+    """Standard errors; rounding may leave a variance of zero just below it."""
+    return np.sqrt(np.maximum(np.diag(covariance), 0.0))
 
 
 def _information(weights: Matrix, prior: Matrix) -> Matrix:

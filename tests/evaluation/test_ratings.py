@@ -64,6 +64,12 @@ def test_few_votes_that_agree_still_leave_room():
     assert math.isfinite(best.elo.mean) and best.elo.low < worst.elo.high
 
 
+def test_a_model_whose_votes_cancel_out_has_an_interval():
+    games = [Game("a", "b", 1.0, "p"), Game("b", "c", 1.0, "p"), Game("a", "c", 1.0, "p"), Game("a", "c", 1.0, "q")]
+    for rating in rate_models(games):
+        assert rating.elo.low < rating.elo.mean < rating.elo.high
+
+
 def test_models_that_never_met_have_no_common_scale():
     ratings = {r.name: r for r in rate_models([Game("a", "b", 1.0, 0), Game("b", "c", 0.5, 1), Game("x", "y", 1.0, 2)])}
     assert math.isfinite(ratings["c"].elo.mean)
