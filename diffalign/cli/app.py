@@ -18,6 +18,7 @@ from .failures import one_line
 from .generate import GenerateCommand, generate
 from .info import info
 from .quickstart import quickstart
+from .score import score
 from .train import TrainCommand, train
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command(cls=GenerateCommand)(generate)
 app.command(cls=TrainCommand)(train)
 app.command()(evaluate)
 app.command()(claims)
+app.command()(score)
 app.add_typer(data_app)
 app.command()(info)
 
