@@ -56,7 +56,11 @@ def check(image: Image.Image | np.ndarray, prompt: str | Caption) -> Verdict:
         ValueError: the prompt is not a caption of this world.
     """
     caption = prompt if isinstance(prompt, Caption) else parse(prompt)
-    background, things = read(image)
+    return judge(*read(image), caption)
+
+
+def judge(background: str, things: list[Thing], caption: Caption) -> Verdict:
+    """Hold a caption against what :func:`read` found in a picture."""
     claims: dict[str, bool] = {"number": len(things) == caption.number}
     if caption.background is not None:
         claims["background"] = background == caption.background
