@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,16 @@ class StoredRows:
         if number < len(self.table):
             return _row(to_own_columns(self.table.record(number), where), where)
         file, place = self.aside[number - len(self.table)]
-        return _row(pq.ParquetFile(file).read().slice(place, 1).to_pylist()[0], f"{file}, row {place}")
+        return _row(_table(file).slice(place, 1).to_pylist()[0], f"{file}, row {place}")
 
     def score_names(self) -> list[str]:
         """Names of the scores of the first row."""
         return list(self[0].scores)
+
+
+@lru_cache(maxsize=1)  # rows of one file are read one after the other
+def _table(file: Path) -> Any:
+    return pq.read_table(file)
 
 
 def _row(cells: dict[str, Any], where: str) -> Row:

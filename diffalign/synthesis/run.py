@@ -170,6 +170,7 @@ class _Run:
             overlap(drawn(), self._keep, judge, self._write)
         for artist in artists:
             artist.close()
+        self.bar.close()
 
     def one_by_one(self, todo: Sequence[int]) -> None:
         """Each model alone in memory; pictures and scores wait on the disk."""
@@ -189,6 +190,7 @@ class _Run:
                 del scorer
                 _free()
         overlap((self._take_scores(self._gather(_Shard(number))) for number in todo), self._write)
+        self.bar.close()
 
     # --- the stages ------------------------------------------------------------------------------------------------
 
