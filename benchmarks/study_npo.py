@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ ARMS = {
 
 def work(root: Path, seed: int, name: str, prompts: int, scales: list[float], steps: int) -> None:
     """Train an arm's model if it is not there, then draw and score its pictures at every scale."""
+    began = time.monotonic()
     from diffalign.evaluation.compare import SamplingSettings, draw
     from diffalign.guidance import negative_guidance
     from diffalign.pipelines import load_pipeline
@@ -73,6 +73,7 @@ def work(root: Path, seed: int, name: str, prompts: int, scales: list[float], st
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(scores))
         pictures[0].save(file.with_suffix(".png"))
+    log.info("seed %d %s: %.0f s", seed, name, time.monotonic() - began)
 
 
 def train(root: Path, run: Path, seed: int, arm: Arm) -> None:
@@ -133,23 +134,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=400, help="held-out prompts a seed")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", nargs=2, metavar=("SEED", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if args.work:
-        work(args.output_dir, int(args.work[0]), args.work[1], args.prompts, args.scales, args.steps)
-        return
-    arms = ["plain", *args.arms]
-    shared = ["--output-dir", str(args.output_dir), "--prompts", str(args.prompts), "--steps", str(args.steps)]
-    shared += ["--scales", *map(str, args.scales)]
-    for seed in args.seeds:
-        for arm in arms:
-            began = time.monotonic()
-            command = [sys.executable, __file__, *shared, "--work", str(seed), arm]
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
-            log.info("seed %d %s: %.0f s", seed, arm, time.monotonic() - began)
     import torch
 
+    torch.set_num_threads(args.threads)
+    arms = ["plain", *args.arms]
+    for seed in args.seeds:
+        for arm in arms:
+            work(args.output_dir, seed, arm, args.prompts, args.scales, args.steps)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "date": str(date.today()),

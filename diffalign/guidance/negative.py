@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
@@ -28,7 +28,7 @@ from .branches import Branches, Forward, Inputs, answered_by
 from .export import EXPORT_FILE, Exported, read_export
 from .mixing import Weights, base_weights, merged_weights, mix_weights, network_of
 
-Model = str | Path | nn.Module | DiffusionPipeline
+Model: TypeAlias = str | Path | nn.Module | DiffusionPipeline
 EMBEDDINGS = ("default", "empty", "zeros", "prompt")
 
 
@@ -86,7 +86,13 @@ def negative_guidance(
     if isinstance(negative, (str, Path)) and (Path(negative) / EXPORT_FILE).is_file():
         exported, negative, exported_positive = read_export(Path(negative))
         positive = exported_positive if positive is None else positive
-    given = {"alpha": alpha, "beta": beta, "rescale": rescale, "interval": interval, "embedding": embedding}
+    given: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "rescale": rescale,
+        "interval": interval,
+        "embedding": embedding,
+    }
     settings = replace(exported, **{name: value for name, value in given.items() if value is not None})
     check(settings)
     adapter = adapter_for(pipeline)
