@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from reward_models import RewardModelError, load_reward_model
-from reward_models.imagereward import TOKENS
 
 from . import checkpoints
 from .checkpoints import BLIP_LAYERS, BLIP_WIDTH, PROMPTS, pictures
 
 HEADS = BLIP_WIDTH // 64
+TOKENS = 35
 
 
 @pytest.fixture(scope="module")
