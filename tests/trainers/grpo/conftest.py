@@ -46,7 +46,7 @@ def make(tmp_path: Path) -> Callable[..., PrefGRPOTrainer]:
     def build(pipeline: Any = None, models: Any = None, *, cls: type = PrefGRPOTrainer, holdout=(), **settings: Any):
         defaults = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "batch_size": 4, "learning_rate": 1e-2}
         defaults |= {"prompts_per_rollout": 2, "group_size": 4, "sampling_steps": 4, "guidance_scale": 2.0}
-        defaults |= {"log_every": 1, "progress_bar": False, "clip_range": 1e-3, "weight_decay": 0.0}
+        defaults |= {"log_every": 1, "progress_bar": False, "clip_range": 1e-3, "weight_decay": 0.0, "resolution": 32}
         models = [FunctionRewardModel(brightness)] if models is None else models
         config = PrefGRPOConfig(**(defaults | settings))
         return cls(pipeline or tiny_sdxl(), config, PROMPTS, reward_models=models, holdout_models=holdout)
