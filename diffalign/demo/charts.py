@@ -30,7 +30,7 @@ def rate_chart(standings: Sequence[Standing], score: str) -> str:
     against = shown[0].against
     return _intervals(
         [(s.model, s.rate) for s in shown],
-        title=f"share of wins against {against}, score {score}",
+        title=f"share of wins against {_shortened(against)}, score {_shortened(score)}",
         middle=0.5,
         limits=(0.0, 1.0),
         form="{:.2f}",
@@ -119,4 +119,5 @@ def _svg(figure: Figure, words: str) -> str:
 
 
 def _shortened(name: str, letters: int = 26) -> str:
-    return name if len(name) <= letters else f"…{name[-letters + 1 :]}"
+    """The end of a long name; a dollar sign would start a formula."""
+    return (name if len(name) <= letters else f"…{name[-letters + 1 :]}").replace("$", r"\$")

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 MAX_ADDED_MODELS = 16
 DRAWING: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "api_visibility": "private"}
-QUICK: dict[str, Any] = {"concurrency_limit": 8, "api_visibility": "private", "show_progress": "hidden"}
+# Not queued: a long line of drawings must never keep a vote waiting.
+QUICK: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ def build(demo: Demo, inputs: Inputs) -> tuple[Callable[..., Any], gr.Dropdown, 
         grids, points = [str(step) for step in chosen.grids()], [START, *chosen.checkpoints()]
         return (
             choices,
-            hint(chosen.verdict()),
+            hint(html.escape(chosen.verdict())),
             f"<div class='curves'>{curve_charts(chosen.curves())}</div>",
             gr.Dropdown(choices=grids, value=grids[-1] if grids else None),
             show_grid(name, grids[-1] if grids else None),
@@ -81,7 +82,7 @@ def build(demo: Demo, inputs: Inputs) -> tuple[Callable[..., Any], gr.Dropdown, 
         copy = demo.engine.pictures / f"{content_hash(data)}.png"  # only the server's own folder is served
         if not copy.exists():
             shutil.copyfile(grids[int(step)], copy)
-        words = f"Validation pictures of {name} at step {step}: base left, trained right"
+        words = html.escape(f"Validation pictures of {name} at step {step}: base left, trained right", quote=True)
         return f"<div class='scroll' tabindex='0'><img src='{url_of(copy)}' alt='{words}'></div>"
 
     @told

@@ -134,7 +134,11 @@ class VoteBook:
                 "This pair is not waiting for your vote: it has one already, or is too old. Draw another."
             )
         try:
-            write_shard([_row(ballot, choice)], self.folder / f"train-{ballot.id}-{voter}.parquet")
+            row = _row(ballot, choice)
+        except OSError as error:
+            raise DataError("The pictures of this pair are no longer kept; draw another pair.") from error
+        try:
+            write_shard([row], self.folder / f"train-{ballot.id}-{voter}.parquet")
         except DataError:
             session.keep(ballot)
             raise

@@ -66,9 +66,9 @@ def test_sheets_have_words_for_every_picture_and_escape_what_people_typed(pictur
 
 
 def test_charts_say_in_words_what_they_show_and_take_the_pages_colour():
-    games = [Game("a", "b", 1.0, i) for i in range(3)] + [Game("x <&>", "a", 0.5, 9)]
+    games = [Game("a", "b", 1.0, i) for i in range(3)] + [Game("x <&> $1$", "a", 0.5, 9)]
     drawing = rating_chart(rate_models(games))
-    assert 'role="img"' in drawing and "currentColor" in drawing and "x &lt;&amp;&gt;" in drawing
+    assert 'role="img"' in drawing and "currentColor" in drawing and "x &lt;&amp;&gt; $1$" in drawing
     assert "http-equiv" not in drawing and "<script" not in drawing and rating_chart([]) == ""
     table = render_ratings(rate_models(games), duels(games), len(games))
     assert "over 4 votes" in table and "nan" not in table and "No votes yet" in render_ratings([], [], 0)

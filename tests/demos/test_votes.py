@@ -160,6 +160,15 @@ def test_the_same_model_twice_gives_nothing_to_choose(make_engine, ask, pool, we
         draw_ballot(engine, ask("base"), engine.sessions["page"])
 
 
+def test_a_pair_whose_pictures_are_gone_is_said_to_be(make_engine, ask, book):
+    engine = make_engine("base", "lora")
+    session = engine.sessions["page"]
+    ballot = draw_ballot(engine, ask(), session)
+    ballot.pictures[0].path.unlink()
+    with pytest.raises(DataError, match="no longer kept"):
+        book.cast(session, ballot.id, "left")
+
+
 def test_missing_scores_stay_missing(make_engine, ask, book):
     engine = make_engine("base", "lora")
     session = engine.sessions["page"]
