@@ -141,8 +141,8 @@ class Connection:
         return list(await asyncio.gather(*(one(call) for call in calls)))
 
     async def _patiently(self, client: httpx.AsyncClient, method: str, path: str, body: Any) -> Any:
+        refused = Refused("not tried")
         for attempt in range(self.retries + 1):
-            refused = None
             try:
                 return await asyncio.wait_for(self._attempt(client, method, path, body), self.timeout)
             except (httpx.HTTPError, asyncio.TimeoutError) as error:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SECOND_TEMPERATURE = 0.3
 _ENOUGH_PAIRS = 16  # before a warning about the judge itself
+_REMEMBERED = 2**16  # answers kept: callers who swap pairs themselves then cost nothing more
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class UnifiedReward(BaseRewardModel):
         self._check_options()
         self.record = Path(record) if record else None
         self.batch_size = batch_size or (8 if backend == "local" else 256)
-        server = {
+        server: dict[str, Any] = {
             "api_key": api_key,
             "extra_body": extra_body,
             "timeout": timeout,
@@ -162,6 +163,7 @@ class UnifiedReward(BaseRewardModel):
         else:
             raise RewardModelError(f"backend is 'local' or 'server', got {backend!r}.")
         self.statistics = JudgeStatistics()
+        self._known: dict[tuple[str, tuple[str, ...]], Parsed] = {}
         self._warned = 0
         self._lock = threading.Lock()
 
@@ -248,26 +250,30 @@ class UnifiedReward(BaseRewardModel):
         return answers
 
     def _ask(self, questions: Sequence[Question], form: Form) -> list[Parsed]:
-        """What the model says to each question. Equal questions are asked once."""
-        unique = list({question.key: question for question in questions}.values())
+        """What the model says to each question. What was answered before is not asked again."""
+        with self._lock:
+            known = {q.key: self._known[form.name, q.key] for q in questions if (form.name, q.key) in self._known}
+        unique = list({q.key: q for q in questions if q.key not in known}.values())
         requests = [self._request(question, form) for question in unique]
         answers = self._answers(requests, form)
         parsed = [self._parse(answer, form) for answer in answers]
-        again = [
-            i for i, (answer, one) in enumerate(zip(answers, parsed, strict=True)) if one.problem and not answer.error
-        ]
-        if self.second_try and again:
-            second = [replace(requests[i], temperature=_SECOND_TEMPERATURE, seed=requests[i].seed + 1) for i in again]
-            for i, answer in zip(again, self._answers(second, form), strict=True):
-                answers[i], parsed[i] = answer, self._parse(answer, form)
+        again = [i for i, one in enumerate(parsed) if self.second_try and one.problem and not answers[i].error]
+        second = [replace(requests[i], temperature=_SECOND_TEMPERATURE, seed=requests[i].seed + 1) for i in again]
+        for i, answer in zip(again, self._answers(second, form), strict=True):
+            answers[i], parsed[i] = answer, self._parse(answer, form)
         with self._lock:
             self.statistics.answers += len(unique)
-            self.statistics.asked_again += len(again) if self.second_try else 0
+            self.statistics.asked_again += len(again)
             self.statistics.inconsistent += sum(one.consistent is False for one in parsed)
             self.statistics.failures.update(_reason(one.problem) for one in parsed if one.problem)
             self._write(unique, answers, parsed)
-        by_key = {question.key: one for question, one in zip(unique, parsed, strict=True)}
-        return [by_key[question.key] for question in questions]
+            for question, answer, one in zip(unique, answers, parsed, strict=True):
+                known[question.key] = one
+                if not answer.error:  # a server that failed may answer next time
+                    self._known[form.name, question.key] = one
+            while len(self._known) > _REMEMBERED:
+                del self._known[next(iter(self._known))]
+        return [known[question.key] for question in questions]
 
     def _answers(self, requests: Sequence[Request], form: Form) -> list[Answer]:
         if self.mode == "logits" and form.task == "pair":

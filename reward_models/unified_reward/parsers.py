@@ -69,7 +69,7 @@ def parse_think(text: str) -> Parsed:
 
 def parse_shares(text: str) -> Parsed:
     """UnifiedReward-2.0 pairs: per dimension ``Image 1: x`` and ``Image 2: y`` in [0, 1] with x + y = 1."""
-    values = {}
+    values: dict[str, float] = {}
     for name, block in _labelled(_spoken(text), _DIMENSION_LABEL, whole_block=True):
         shares = {label: _number(region) for label, region in _labelled(block, _IMAGE_LABEL)}
         first, second = shares.get("1"), shares.get("2")

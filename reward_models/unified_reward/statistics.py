@@ -12,7 +12,7 @@ class JudgeStatistics:
     """Counts since the last :meth:`reset`. Rates are NaN before there is anything to divide by."""
 
     answers: int = 0
-    """Questions that were put to the model, or should have been; the same question twice in one call counts once."""
+    """Questions that were put to the model, or should have been; what was answered before is not counted."""
     asked_again: int = 0
     """Questions asked a second time because the first answer could not be read."""
     failures: Counter[str] = field(default_factory=Counter)

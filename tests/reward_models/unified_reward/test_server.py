@@ -86,6 +86,7 @@ def test_swapping_a_pair_swaps_its_share_exactly():
         judge = judge_of(server)
         there = judge.compare(pairs(10), ["p"] * 10)
         back = judge.compare([(b, a) for a, b in pairs(10)], ["p"] * 10)
+        assert len(server.asked) == 20  # the swapped pairs were answered already
     assert torch.equal(there + back, torch.ones(10))
     assert set(there.tolist()) == {0.0, 0.5}
 
