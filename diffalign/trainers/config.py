@@ -283,6 +283,7 @@ class PrefGRPOConfig(TrainingConfig):
     )
     shared_noise: bool = option(False, "Start all pictures of a group from the same noise.")
     latent_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Precision in which trajectories are kept.")
+    cache_dir: str | None = option(None, "Folder of encoded prompts; None means output_dir/cache.")
 
     # Which steps are trained
     final_steps: int | None = option(

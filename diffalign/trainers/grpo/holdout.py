@@ -7,6 +7,7 @@ not see as well as by those that it does.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from ..config import PrefGRPOConfig
     from ..prompts import EncodedPrompts
     from .rewards import Model
+
+
+log = logging.getLogger(__name__)
 
 
 class Holdout:
@@ -84,11 +88,14 @@ class Holdout:
             base minus 1/2. Names of training rewards start with ``training-``.
         """
         images = self.pictures.draw(denoiser)
+        labelled = [(f"training-{model.name}", model) for model in self.training]
+        labelled += [(model.name, model) for model in self.unseen]
         values: dict[str, float] = {}
-        for model in self.training:
-            values |= self._of(model, f"training-{model.name}", images)
-        for model in self.unseen:
-            values |= self._of(model, model.name, images)
+        for label, model in labelled:
+            try:
+                values |= self._of(model, label, images)
+            except Exception as error:  # noqa: BLE001 (a hold-out that is not measured must not end a run)
+                log.warning("the hold-out could not be scored by %s: %s", model.name, error)
         return values
 
     def _of(self, model: Model, label: str, images: list[Image.Image]) -> dict[str, float]:

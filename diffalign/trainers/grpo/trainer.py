@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...diffusion import drift
 from ...errors import CheckpointError, ConfigError, RewardError
+from ...evaluation.prompts import read_prompts
 from ...objectives import LossOutput, combined_advantages, grpo_loss, step_kl
 from ...objectives.advantages import check_groups
 from ...randomness import keyed_permutation
@@ -37,30 +36,14 @@ from ..metrics import MetricAccumulator
 from ..prompts import EncodedPrompts, Prompts, load_prompts
 from .alarms import GRPO_CHECKS
 from .holdout import Holdout, diversity
+from .record import Rollout, judge_metrics
 from .rewards import GroupReward, Model, RewardDesk, judge_is_down, load_rewards
-from .rollouts import Chunk, Moment, Plan, Sample, Sampling
+from .rollouts import Chunk, Sample, Sampling
 
 log = logging.getLogger(__name__)
 _DECODE_PIXELS = 2**21  # decoded at once
 PER_STEP = ("ratio", "clip_share", "kl")
 Work = dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]
-
-
-@dataclass
-class Rollout:
-    """What an iteration's updates need.
-
-    Args:
-        plan: the steps that were drawn.
-        chunks: this process's pictures, in the order of updates.
-        advantages: (N,) fp64 of all pictures of all processes.
-        metrics: of the rollout; logged with its first update.
-    """
-
-    plan: Plan
-    chunks: list[Chunk]
-    advantages: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class PrefGRPOTrainer(TrainingLoop):
@@ -105,16 +88,18 @@ class PrefGRPOTrainer(TrainingLoop):
         self.unseen = self._models(holdout_models, config.holdout_rewards, "holdout_rewards")
         self.desk = RewardDesk(self.rewards, config)
         self._divide()
-        holdout = load_prompts(config.holdout_prompts).texts if config.holdout_prompts else []
-        self.holdout_texts = holdout[: config.holdout_count]
+        holdout = config.holdout_prompts
+        self.holdout_texts = read_prompts(holdout, limit=config.holdout_count) if holdout else []
         self.encoded = EncodedPrompts.build(
             [*self._prompts_ahead(), *config.validation_prompts, *self.holdout_texts],
             self.adapter,
-            self.output_dir / "cache",
+            Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache",
             self.accelerator,
             batch_size=config.encode_batch_size,
             progress=config.progress_bar and self.accelerator.is_main_process,
         )
+        if self.pipeline.vae is None:
+            raise ConfigError("pictures cannot be decoded without a VAE: load the whole pipeline.")
         self.adapter.offload_encoders()
         self.pipeline.vae.to(self.accelerator.device)  # the one encoder that every iteration needs
         self.sampling = Sampling(self.adapter, self.schedule, self.encoded, config, self.accelerator)
@@ -222,10 +207,10 @@ class PrefGRPOTrainer(TrainingLoop):
         pictures: dict[int, Image.Image] = {}
         work: Work = {}
         chunks = []
-        for start in range(0, len(self.mine), size):
-            numbers = self.mine[start : start + size]
-            chunk, latents = self.sampling.draw(self.model, [self.sample_of(iteration, n) for n in numbers], plan)
+        for number, samples in enumerate(self._chunks(iteration)):
+            chunk, latents = self.sampling.draw(self.model, samples, plan)
             chunks.append(chunk)
+            numbers = self.mine[number * size : (number + 1) * size]
             pictures |= dict(zip(numbers, self._decode(latents), strict=True))
             self._submit(iteration, pictures, work)
         self._submit(iteration, self._exchange(pictures), work)
@@ -235,6 +220,14 @@ class PrefGRPOTrainer(TrainingLoop):
         metrics |= self._group_metrics(advantages, work)
         metrics |= {"time/sampling": drawn - began, "time/waiting_for_rewards": time.monotonic() - drawn}
         return Rollout(plan, chunks, advantages, metrics)
+
+    def _chunks(self, iteration: int) -> list[list[Sample]]:
+        """This process's pictures of an iteration, those that are drawn together side by side."""
+        size = self.config.batch_size
+        return [
+            [self.sample_of(iteration, n) for n in self.mine[start : start + size]]
+            for start in range(0, len(self.mine), size)
+        ]
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         at_once = max(1, _DECODE_PIXELS // self.sampling.edge**2)
@@ -272,11 +265,12 @@ class PrefGRPOTrainer(TrainingLoop):
         if down:
             raise self._pause(down)
         rewards = torch.full((self.count, len(self.rewards)), float("nan"), dtype=torch.float64)
-        for group, columns in found:
+        for group, results in found:
             place = (group - first) * size
-            for column, result in enumerate(columns):
+            for column, result in enumerate(results):
                 rewards[place : place + size, column] = result.reward
-        return rewards, self._judge_metrics(sorted(found, key=lambda item: item[0]))
+        columns = [results for _, results in sorted(found, key=lambda item: item[0])]
+        return rewards, judge_metrics([model.name for model in self.rewards], columns)
 
     def _pause(self, down: list[str]) -> RewardError:
         return judge_is_down(down, self.save_checkpoint())
@@ -367,21 +361,6 @@ class PrefGRPOTrainer(TrainingLoop):
 
     # --- metrics -------------------------------------------------------------------------------------------------
 
-    def _judge_metrics(self, found: list[tuple[int, list[GroupReward]]]) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for column, model in enumerate(self.rewards):
-            results = [columns[column] for _, columns in found]
-            label = f"reward/{model.name}"
-            for name in sorted({name for result in results for name in result.stats}):
-                values = [result.stats[name] for result in results if name in result.stats]
-                total = math.fsum(values)
-                metrics[f"{label}/{name}"] = total if name in ("calls", "pairs") else total / len(values)
-            spreads = [_spread(result.reward) for result in results]
-            metrics[f"{label}/spread_of_reward"] = math.fsum(spreads) / len(spreads)
-            metrics[f"{label}/timeouts"] = float(sum(result.timed_out for result in results))
-            metrics[f"time/{model.name}"] = math.fsum(result.seconds for result in results)
-        return metrics
-
     def _group_metrics(self, advantages: Tensor, work: Work) -> dict[str, float]:
         size = self.config.group_size
         silent = [float(bool((part == 0).all())) for part in advantages.split(size)]
@@ -430,12 +409,7 @@ class PrefGRPOTrainer(TrainingLoop):
     def _write_state(self, folder: Path) -> None:
         super()._write_state(folder)
         if self.step % self.config.updates_per_rollout and self.rollout is not None:
-            tensors = {"advantages": self.rollout.advantages}
-            for number, chunk in enumerate(self.rollout.chunks):
-                for index, moment in chunk.moments.items():
-                    parts = {name: value for name, value in vars(moment).items() if value is not None}
-                    tensors |= {f"{number}.{index}.{name}": value.cpu() for name, value in parts.items()}
-            save_file({name: value.contiguous() for name, value in tensors.items()}, self._rollout_file(folder))
+            self.rollout.save(self._rollout_file(folder))
 
     def load_checkpoint(self, folder: Path) -> None:
         super().load_checkpoint(folder)
@@ -446,20 +420,13 @@ class PrefGRPOTrainer(TrainingLoop):
                 f"{folder} was written between two updates of one rollout, but holds no rollout of process "
                 f"{self.accelerator.process_index}. Resume with the number of processes it was written by."
             )
-        tensors = load_file(self._rollout_file(folder), device=str(self.accelerator.device))
-        iteration, size = self.step // self.config.updates_per_rollout, self.config.batch_size
-        chunks = [
-            Chunk([self.sample_of(iteration, n) for n in self.mine[start : start + size]])
-            for start in range(0, len(self.mine), size)
-        ]
-        advantages = tensors.pop("advantages").cpu()
-        parts: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            number, index, what = name.split(".")
-            parts.setdefault((int(number), int(index)), {})[what] = value
-        for (number, index), values in parts.items():
-            chunks[number].moments[index] = Moment(**values)
-        self.rollout = Rollout(self.sampling.plan(iteration), chunks, advantages)
+        iteration = self.step // self.config.updates_per_rollout
+        self.rollout = Rollout.load(
+            self._rollout_file(folder),
+            self.sampling.plan(iteration),
+            self._chunks(iteration),
+            self.accelerator.device,
+        )
 
 
 @lru_cache(maxsize=4)
@@ -470,8 +437,3 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 def _group(n: int, size: int) -> range:
     first = n // size * size
     return range(first, first + size)
-
-
-def _spread(reward: Tensor) -> float:
-    found = reward[~reward.isnan()]
-    return float(found.std(correction=0)) if len(found) else 0.0
