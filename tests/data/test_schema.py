@@ -54,6 +54,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert row.scores["other"] == [1, 2, 3] and np.isnan(row.scores["judge"][1]) and row.scores["judge"][2] == 2.0
     assert row.sources[0] == {
         "model": "shapes", "revision": None, "seed": 2**40, "steps": None, "guidance": 7.5, "scheduler": None,
+        "pipeline": None,
     }  # fmt: skip
     assert row.image_bytes[0] == png(0) and np.array_equal(np.asarray(row.images[1]), np.asarray(picture(1)))
     assert row.row_id == row_id_of(row.prompt, row.image_bytes)
