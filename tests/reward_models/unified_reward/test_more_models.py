@@ -118,7 +118,7 @@ def test_transformers_serve(checkpoint, tmp_path):
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 420
     while time.monotonic() < deadline:
         assert server.poll() is None, log.read_text()[-3000:]
         try:
