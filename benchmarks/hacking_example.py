@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("out/hacking"))
     parser.add_argument("--prompts", type=int, default=160, help="training prompts, six pictures each")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--heldout", type=int, default=60, help="evaluation prompts, three pictures each")
+    parser.add_argument("--heldout", type=int, default=40, help="evaluation prompts, two pictures each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -73,7 +73,7 @@ def main() -> None:
         "shapes:heldout",
         output_dir=arguments.output_dir / "evaluation",
         num_prompts=arguments.heldout,
-        seeds=3,
+        seeds=2,
         reward_models=["shapes-strict", load_reward_model(colourful)],
         progress=True,
         **SAMPLING,

@@ -109,8 +109,8 @@ def _verdict(name: str, result: ModelResult, *, several: bool) -> str:
 def _score_table(results: Sequence[ModelResult]) -> str:
     rows = "\n".join(_row(result, name, len(results) > 1) for result in results for name in result.comparison.results)
     heads = ["model"] * (len(results) > 1) + [
-        *("score", "role", "base", "aligned", "difference", "95 % interval", "", "win rate", "win / tie / loss"),
-        *("sign test, Holm", "pairs"),
+        *("score", "base", "aligned", "difference", "95 % interval", "", "win rate", "win / tie / loss"),
+        *("p (Holm)", "pairs"),
     ]  # fmt: skip
     roles = {result.role(name) for result in results for name in result.comparison.results}
     meaning = "; ".join(f"{role}: {MEANING[role]}" for role in MEANING if role in roles)
@@ -132,9 +132,9 @@ def _row(result: ModelResult, name: str, several: bool) -> str:
     comparison = result.comparison
     paired, role = comparison.results[name], result.role(name)
     who = f"<td>{escape(result.spec.name)}</td>" if several else ""
-    mark = f'<td><span class="role {role}">{role}</span></td>'
+    label = f'<td>{escape(name)} <span class="role {role}">{role}</span></td>'
     if paired.n == 0:
-        return f"<tr>{who}<td>{escape(name)}</td>{mark}<td colspan='9'>no pair has both scores</td></tr>"
+        return f"<tr>{who}{label}<td colspan='9'>no pair has both scores</td></tr>"
     difference, rate = paired.difference, paired.win_rate
     known = difference.low == difference.low
     tone = "better" if known and difference.low > 0 else "worse" if known and difference.high < 0 else ""
@@ -144,7 +144,7 @@ def _row(result: ModelResult, name: str, several: bool) -> str:
     whisker = _whisker(name, difference) if known else ""
     p = result.holm.get(name, math.nan)
     cells = [
-        f"{who}<td>{escape(name)}</td>{mark}<td>{paired.base:.4f}</td><td>{paired.aligned:.4f}</td>",
+        f"{who}{label}<td>{paired.base:.4f}</td><td>{paired.aligned:.4f}</td>",
         f'<td class="{tone}">{difference.mean:+.4f}</td><td>{span}</td><td>{whisker}</td>',
         f"<td>{rate.mean:.3f}{margin}</td><td>{_bar(paired)}</td>",
         f"<td>{'–' if math.isnan(p) else '&lt; 0.001' if p < 0.001 else f'{p:.3f}'}</td><td>{paired.n}{missing}</td>",
@@ -158,7 +158,7 @@ def _whisker(name: str, interval: Interval) -> str:
     x = [70 + 60 * value / reach for value in (interval.low, interval.mean, interval.high)]
     words = f"{name}: difference {interval.mean:+.4g}, from {interval.low:+.4g} to {interval.high:+.4g}"
     return (
-        f'<svg width="140" height="22" role="img" aria-label="{escape(words)}">'
+        f'<svg width="110" viewBox="0 0 140 22" role="img" aria-label="{escape(words)}">'
         '<line class="zero" x1="70" x2="70" y1="1" y2="21"/>'
         f'<line class="range" x1="{x[0]:.1f}" x2="{x[2]:.1f}" y1="11" y2="11"/>'
         f'<circle class="point" cx="{x[1]:.1f}" cy="11" r="5"/></svg>'
