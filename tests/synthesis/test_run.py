@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(clean, settings, tmp_path):
 
     def fill_the_disk():
         """In the child alone: what is captured of the parent's output is a file too."""
-        sys.stderr = Path(os.devnull).open("w")
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
         with pytest.raises(DataError) as raised:
