@@ -64,7 +64,8 @@ class Run:
         if not alarms:
             return f"{done}; no alarm was raised."
         first = alarms[0]
-        return f"{done} with {len(alarms)} alarms; the first at step {first['step']}: {first['message']}"
+        count = "1 alarm" if len(alarms) == 1 else f"{len(alarms)} alarms; the first"
+        return f"{done} with {count} at step {first['step']}: {first['message']}"
 
     def settings(self) -> str:
         """The resolved settings as YAML."""

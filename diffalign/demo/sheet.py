@@ -100,9 +100,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> s
         + "</tr>"
         for row in rows
     )
+    words = html.escape(caption)  # above the part that scrolls, so that it wraps on a phone
     return (
-        f"<div class='scroll' tabindex='0' role='region' aria-label='{html.escape(caption)}'><table class='numbers'>"
-        f"<caption>{html.escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<p class='caption'>{words}</p><div class='scroll' tabindex='0' role='region' aria-label='{words}'>"
+        f"<table class='numbers'><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

@@ -30,7 +30,7 @@ def build(demo: Demo, inputs: Inputs) -> None:
     drawn = gr.State(None)
     sheet = gr.HTML(padding=False, elem_id="sheet", label="Pictures")
     with gr.Accordion("Slide between two models", open=True, visible=False) as sliding:
-        note("One picture over another: drag the handle, or use the arrow keys, to see where they differ.")
+        note("One picture over another: drag the handle, or move the bar below it, to see where they differ.")
         with gr.Row():
             left = gr.Dropdown([], label="Left", elem_id="slide-left", min_width=140)
             right = gr.Dropdown([], label="Right", elem_id="slide-right", min_width=140)
@@ -38,6 +38,7 @@ def build(demo: Demo, inputs: Inputs) -> None:
         slider = gr.ImageSlider(
             label="Left and right model", type="filepath", max_height=420, elem_id="slider", buttons=[]
         )
+        bar = gr.Slider(0, 100, 50, step=5, label="Position of the handle, for the keyboard", elem_id="slide-bar")
     note(
         "Win rates so far on this page: how often a model scores above the first one on the same prompt and seed. "
         "An interval that holds 0.5 means: not decided."
@@ -91,6 +92,7 @@ def build(demo: Demo, inputs: Inputs) -> None:
     )
     stop.click(cancel, None, status, cancels=[run], queue=False, api_visibility="private")
     view.change(show, [drawn, view], sheet, **QUICK)
+    bar.input(lambda position: gr.ImageSlider(slider_position=position), bar, slider, **QUICK)
     for choice in (left, right, cell):
         choice.input(_slide, [drawn, left, right, cell], slider, **QUICK)
 

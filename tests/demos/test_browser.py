@@ -108,15 +108,19 @@ def test_a_person_compares_votes_reloads_and_downloads(demo, open_page, width, s
     page.wait_for_function("[...document.querySelectorAll('#sheet img')].filter(i => i.naturalWidth).length == 2")
     words = [image.get_attribute("alt") for image in page.locator("#sheet img").all()]
     assert words[0].startswith("shapes, seed 0: ") and words[1].startswith("tuned, seed 0: ")
-    page.wait_for_selector("#slider img")
-    handle = page.locator("#slider .slider, #slider [role=slider], #slider .handle, #slider .inner").first
-    before = page.locator("#slider img").last.get_attribute("style")
+    page.locator("#slider").scroll_into_view_if_needed()
+    page.wait_for_selector("#slider img")  # they load when they come into view
+    handle = page.locator("#slider [data-testid=slider]")
+    seen = [handle.get_attribute("style")]
     box = handle.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] - 60, box["y"] + box["height"] / 2, steps=4)
     page.mouse.up()
-    assert page.locator("#slider img").last.get_attribute("style") != before
+    seen.append(handle.get_attribute("style"))
+    page.locator("#slide-bar input[type=range]").press("ArrowRight")
+    page.wait_for_function(f"document.querySelector('#slider [data-testid=slider]').style.cssText != {seen[-1]!r}")
+    assert seen[0] != seen[1]
     page.wait_for_selector("#rates table")
     assert "win rate" in page.locator("#rates").inner_text()
     page.get_by_label("Seed strip").check()

@@ -106,7 +106,7 @@ def test_runs_are_found_read_and_fenced_in(tmp_path):
     assert "still going" in run.verdict() and run.checkpoints() == run.grids() == {}
     alarms = [{"name": "x", "message": "the winner's error rises.", "step": 3}]
     (first / "training_report.json").write_text(json.dumps({"steps": 5, "alarms": alarms}))
-    assert "1 alarms; the first at step 3: the winner's error rises." in run.verdict()
+    assert "with 1 alarm at step 3: the winner's error rises." in run.verdict()
     (first / "config.yaml").write_text("model: shapes\n")
     assert run.settings() == "model: shapes\n"
     with pytest.raises(ConfigError, match="no checkpoint"):
