@@ -19,7 +19,7 @@ from torch import Tensor
 from reward_models import PairwiseRewardModel, RewardModel, load_reward_model
 
 from ...errors import ConfigError, RewardError
-from .win_rate import ask_scores, win_rates
+from .win_rate import Ask, Pair, ask_scores, win_rates
 
 if TYPE_CHECKING:
     from ..config import PrefGRPOConfig
@@ -36,7 +36,7 @@ def load_rewards(names: Sequence[str]) -> list[Model]:
         RewardModelError: no such model or option.
         ConfigError: an option that is not ``key=value``.
     """
-    models = []
+    models: list[Model] = []
     for entry in names:
         name, _, text = entry.partition("?")
         options = {}
@@ -86,23 +86,19 @@ class RewardDesk:
     def submit(self, group: int, prompt: str, images: list[Image.Image]) -> list[Future[GroupReward]]:
         """Have a group judged; returns one future per model."""
         return [
-            line.submit(lambda model=model: self.judge(model, group, prompt, images))  # type: ignore[misc]
+            line.submit(lambda model=model: self.judge(model, group, prompt, images))
             for line, model in zip(self.lines, self.models, strict=True)
         ]
 
     def judge(self, model: Model, group: int, prompt: str, images: list[Image.Image]) -> GroupReward:
         """One model on one group, now."""
         config, began = self.config, time.monotonic()
-        prompts, stats = [prompt] * len(images), {}
+        stats: dict[str, float] = {}
         if isinstance(model, PairwiseRewardModel) and config.reward == "win_rate":
-            judge = model  # its own name, so that the closure below keeps the narrower type
-
-            def ask(pairs: list[tuple[int, int]]) -> Tensor:
-                return judge.compare([(images[i], images[j]) for i, j in pairs], [prompt] * len(pairs))
-
+            ask = _ask_judge(model, images, prompt)
         else:
             assert isinstance(model, RewardModel)
-            scores = model.score(images, prompts).double()
+            scores = model.score(images, [prompt] * len(images)).double()
             stats = _score_stats(scores)
             if config.reward == "score":
                 return GroupReward(scores, stats, time.monotonic() - began)
@@ -188,6 +184,13 @@ def judge_is_down(down: Sequence[str], checkpoint: object) -> RewardError:
         f"training is paused: {'; '.join(down)}. {checkpoint} holds everything up to here. Start the reward model "
         "again and continue with resume=latest."
     )
+
+
+def _ask_judge(judge: PairwiseRewardModel, images: list[Image.Image], prompt: str) -> Ask:
+    def ask(pairs: list[Pair]) -> Tensor:
+        return judge.compare([(images[i], images[j]) for i, j in pairs], [prompt] * len(pairs))
+
+    return ask
 
 
 def _score_stats(scores: Tensor) -> dict[str, float]:
