@@ -233,9 +233,9 @@ def test_what_is_trainable_and_the_class_of_the_denoiser_are_put_back_after_an_e
         assert type(pipe.unet).__name__ == kind.__name__
         raise RuntimeError
     assert type(pipe.unet) is kind and [p.requires_grad for p in pipe.unet.parameters()] == flags
-    with negative_guidance(pipe, loras["sd"][0]):
-        with pytest.raises(ConfigError, match="active in this pipeline"), negative_guidance(pipe, loras["sd"][0]):
-            pass
+    guided = negative_guidance(pipe, loras["sd"][0])
+    with guided, pytest.raises(ConfigError, match="active in this"), negative_guidance(pipe, loras["sd"][0]):
+        pass
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
