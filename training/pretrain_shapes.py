@@ -2,9 +2,9 @@
 
     python training/pretrain_shapes.py --output-dir out/shapes-sdxl
 
-Three stages, each of which writes its result and is skipped when that is already there: the VAE, the UNet together
-with both text encoders, and the export in fp16 with a measured model card. Two CPU cores suffice; the card records
-how long each stage took.
+Four stages, each of which writes its result and is skipped when that is already there: the VAE, the UNet together
+with both text encoders, more of the same at high noise levels, and the export in fp16 with a measured model card. Two
+CPU cores suffice; the card records how long each stage took.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import math
 import shutil
 import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -208,23 +211,65 @@ def encode_dataset(args: argparse.Namespace, vae: AutoencoderKL, file: Path) -> 
     return json.loads(file.with_suffix(".json").read_text()), load_file(file)["latents"]
 
 
-def train_unet(args: argparse.Namespace, folder: Path) -> dict:
+@dataclass(frozen=True)
+class Phase:
+    """A part of the denoiser's training with a learning-rate cycle of its own.
+
+    Args:
+        name: of its files.
+        after: the phase whose weights it starts from; None starts from random ones.
+        steps, lr, warmup: length, peak learning rate and the steps to reach it.
+        ema: decay of the moving average that is kept.
+        high_noise: three quarters of the timesteps come from the upper half, with errors measured in x0 space. There
+            the epsilon error is so small that the common loss hardly notices it, yet what the caption says of
+            background, number and place is decided there.
+    """
+
+    name: str
+    after: str | None
+    steps: int
+    lr: float
+    warmup: int
+    ema: float
+    high_noise: bool
+
+    def timesteps(self, count: int, noising: NoiseSchedule) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stratified timesteps (count,) and the weights of their epsilon errors."""
+        u = (torch.arange(count) + torch.rand(count)) / count
+        high = (torch.arange(count) % 4 != 0) & self.high_noise
+        t = torch.where(high, 500 + 500 * u, 1000 * u).long().clamp(max=999)
+        snr = noising.snr(t)
+        # min-SNR-5 (Hang et al. 2023) for epsilon; 1/SNR is the error of x0
+        return t, torch.where(high, (1 / snr).clamp(max=50), (5 / snr).clamp(max=1))
+
+
+def first_parts(folder: Path) -> tuple[CLIPTokenizer, UNet2DConditionModel, list]:
+    """Tokenizer, UNet and text encoders with random weights."""
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    return tokenizer, build_unet(), list(build_text_encoders(tokenizer))
+
+
+def train_unet(args: argparse.Namespace, folder: Path, phase: Phase) -> dict:
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     captions, latents = encode_dataset(args, vae, folder / "latents.safetensors")
     started = time.monotonic()
-    tokenizer, scheduler = build_tokenizer(folder / "tokenizer"), build_scheduler()
+    scheduler = build_scheduler()
     noising = NoiseSchedule.from_scheduler(scheduler.config)
-    unet = build_unet().to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
-    encoders = build_text_encoders(tokenizer)
+    if phase.after is None:
+        tokenizer, unet, encoders = first_parts(folder)
+    else:
+        made = StableDiffusionXLPipeline.from_pretrained(folder / f"pipeline-{phase.after}")
+        tokenizer, unet, encoders = made.tokenizer, made.unet, [made.text_encoder, made.text_encoder_2]
+    unet = unet.train().to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
     ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")["input_ids"]
-    modules = torch.nn.ModuleList([unet, *encoders])
+    modules = torch.nn.ModuleList([unet, *(encoder.train() for encoder in encoders)])
     parameters = list(modules.parameters())
-    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(args.unet_steps, warmup=300))
+    ema = EMAModel(parameters, decay=phase.ema, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    optimizer = torch.optim.AdamW(parameters, lr=phase.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(phase.steps, phase.warmup))
     time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]], dtype=torch.float32)
-    b, state = args.batch_size, folder / "unet_state.pt"
+    b, state = args.batch_size, folder / f"{phase.name}_state.pt"
     first, spent = 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -234,10 +279,10 @@ def train_unet(args: argparse.Namespace, folder: Path) -> dict:
         ema.load_state_dict(saved["ema"])
         first, spent = saved["step"], saved["seconds"]
         torch.manual_seed(args.seed + first)
-    for step in range(first, args.unet_steps):
+    for step in range(first, phase.steps):
         rows = torch.randint(len(latents), (b,))
         x0, noise = latents[rows], torch.randn(b, *latents.shape[1:])
-        t = ((torch.arange(b) + torch.rand(b)) / b * 1000).long().clamp(max=999)  # stratified
+        t, weight = phase.timesteps(b, noising)
         keep = (torch.rand(b) >= 0.1).float()
         first_states = encoders[0](ids[rows], output_hidden_states=True).hidden_states[-2]
         second = encoders[1](ids[rows], output_hidden_states=True)
@@ -246,7 +291,6 @@ def train_unet(args: argparse.Namespace, folder: Path) -> dict:
         added = {"text_embeds": pooled, "time_ids": time_ids.expand(b, -1)}
         # Never through the Euler scheduler's add_noise, which leaves out the scaling of the pipeline's model input.
         predicted = unet(noising.add_noise(x0, noise, t), t, context, added_cond_kwargs=added).sample
-        weight = torch.clamp(5.0 / noising.snr(t), max=1.0)  # min-SNR-5 (Hang et al. 2023) for epsilon
         loss = ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -255,7 +299,7 @@ def train_unet(args: argparse.Namespace, folder: Path) -> dict:
         optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
         if step % 100 == 0:
-            log.info("unet %5d  loss %.4f  %.0f s", step, loss.item(), spent + time.monotonic() - started)
+            log.info("%s %5d  loss %.4f  %.0f s", phase.name, step, loss.item(), spent + time.monotonic() - started)
         if step % 1000 == 999:
             torch.save(
                 {
@@ -271,12 +315,12 @@ def train_unet(args: argparse.Namespace, folder: Path) -> dict:
     ema.copy_to(parameters)
     StableDiffusionXLPipeline(
         vae, encoders[0].eval(), encoders[1].eval(), tokenizer, tokenizer, unet.eval(), scheduler, add_watermarker=False
-    ).save_pretrained(folder / "pipeline")
+    ).save_pretrained(folder / f"pipeline-{phase.name}")
     return {
-        "steps": args.unet_steps,
+        "steps": phase.steps,
         "batch_size": b,
         "images": len(latents),
-        "lr": args.lr,
+        "lr": phase.lr,
         "seconds": round(spent + time.monotonic() - started),
         "parameters": sum(p.numel() for p in unet.parameters()),
     }
@@ -292,12 +336,16 @@ def cosine(steps: int, warmup: int):
 def export(args: argparse.Namespace, folder: Path) -> dict:
     """Save the pipeline in fp16 and measure what was saved: strict correctness on fresh captions of both splits."""
     started = time.monotonic()
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline")
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "pipeline-refine")
     # Not the text encoders: transformers loads weights in the precision they rest in, diffusers in fp32.
     pipe.unet.half()
     pipe.vae.half()
     target = args.weights_dir
     pipe.save_pretrained(target, safe_serialization=True)
+    for file in target.rglob("*.json"):  # where it lay on this machine is nobody's business
+        content = json.loads(file.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
     for name in ("tokenizer", "tokenizer_2"):  # readers of older transformers look for these two files
         for file in ("vocab.json", "merges.txt"):
             shutil.copy(folder / "tokenizer" / file, target / name / file)
@@ -372,6 +420,8 @@ def model_card(record: dict) -> str:
         vae_minutes=round(vae["seconds"] / 60),
         unet_steps=unet["steps"],
         unet_minutes=round(unet["seconds"] / 60),
+        refine_steps=record["refine"]["steps"],
+        refine_minutes=round(record["refine"]["seconds"] / 60),
         unet_millions=f"{unet['parameters'] / 1e6:.2f}",
         batch_size=unet["batch_size"],
     )
@@ -389,6 +439,8 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--images", type=int, default=32000, help="pictures whose latents the UNet is trained on")
     parser.add_argument("--unet-steps", type=int, default=3000)
+    parser.add_argument("--refine-steps", type=int, default=1600)
+    parser.add_argument("--refine-lr", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--eval-prompts", type=int, default=600, help="captions a split that the export is measured on")
@@ -400,10 +452,17 @@ def main() -> None:
     record_file = args.output_dir / "record.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {"seed": args.seed}
     record |= {"date": str(date.today()), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    stages = [("vae", train_vae, "vae"), ("unet", train_unet, ""), ("export", export, "")]
-    for stage, function, target in stages:
+    folder = args.output_dir
+    phases = [
+        Phase("unet", None, args.unet_steps, args.lr, warmup=300, ema=0.9995, high_noise=False),
+        Phase("refine", "unet", args.refine_steps, args.refine_lr, warmup=100, ema=0.998, high_noise=True),
+    ]
+    stages: dict[str, Callable[[], dict]] = {"vae": lambda: train_vae(args, folder / "vae")}
+    stages |= {phase.name: partial(train_unet, args, folder, phase) for phase in phases}
+    stages["export"] = lambda: export(args, folder)
+    for stage, work in stages.items():
         if stage not in record:
-            record[stage] = function(args, args.output_dir / target if target else args.output_dir)
+            record[stage] = work()
             record_file.write_text(json.dumps(record, indent=2))
         log.info("%s: %s", stage, record[stage])
     (args.weights_dir / "README.md").write_text(model_card(record))
