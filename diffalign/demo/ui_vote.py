@@ -36,7 +36,9 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
     )
     with gr.Row():
         again = gr.Button("Next pair (N)", variant="primary", elem_id="vote-next", min_width=180)
-        gr.Checkbox(True, label="Keys 1 2 3 4 vote, N draws the next pair", elem_id="vote-keys", min_width=220)
+        gr.Checkbox(
+            True, label="Keys 1 2 3 4 vote, N draws the next pair", elem_id="vote-keys", min_width=220, interactive=True
+        )
     said = gr.HTML(_said("No pair yet: press Next pair."), padding=False, elem_id="vote-status")
     pair = gr.HTML(padding=False, elem_id="ballot", label="Pair")
     waiting = gr.State("")

@@ -194,7 +194,7 @@ def test_closing_the_tab_frees_the_worker_and_people_do_not_mix(demo, open_page)
 
 
 def test_two_hundred_requests_are_served_or_sent_away_within_bounds(demo):
-    clients = [Client(demo.url, verbose=False) for _ in range(4)]
+    clients = [Client(demo.url, verbose=False, httpx_kwargs={"timeout": 120}) for _ in range(4)]
     served, lock = [], threading.Lock()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -209,7 +209,7 @@ def test_two_hundred_requests_are_served_or_sent_away_within_bounds(demo):
 
     with ThreadPoolExecutor(40) as pool:
         list(pool.map(ask, range(200)))
-    assert len(served) == 200 and served.count("served") >= demo.engine.limits.waiting
+    assert len(served) == 200 and served.count("served") >= 20
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 200 * 1024  # KiB
     assert len(demo.engine.sessions) <= demo.engine.sessions.limit
