@@ -21,7 +21,7 @@ def drawn(pipeline):
     return generate_images(pipeline, ["a cat"], [0], steps=2, guidance=2.0)[0].tobytes()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_last_checkpoint_draws_what_the_final_weights_draw(tmp_path, adapter):
     trainer = DPOTrainer(
         tiny_sdxl(),
