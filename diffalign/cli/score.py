@@ -129,14 +129,18 @@ def _text(summary: dict[str, Any]) -> str:
     described = dict(summary["models"])
     if "ensemble" in summary:
         described["ensemble"] = summary["ensemble"]
-    rows = [("score", "mean", "std", "min", "max", "n", "missing")]
+    rows: list[tuple[str, ...]] = [("score", "mean", "std", "min", "max", "n", "missing")]
     for name, of in described.items():
-        rows.append((name, *(_number(of[key]) for key in ("mean", "std", "min", "max")), of["scored"], of["missing"]))
+        rows.append(
+            (name, *(_number(of[key]) for key in ("mean", "std", "min", "max")), str(of["scored"]), str(of["missing"]))
+        )
     lines = _aligned(rows)
     if summary["correlations"]:
         rows = [("correlation", "spearman", "pearson", "n")]
         for pair in summary["correlations"]:
-            rows.append((" ~ ".join(pair["between"]), _number(pair["spearman"]), _number(pair["pearson"]), pair["n"]))
+            rows.append(
+                (" ~ ".join(pair["between"]), _number(pair["spearman"]), _number(pair["pearson"]), str(pair["n"]))
+            )
         lines += ["", *_aligned(rows)]
     return "\n".join(lines)
 

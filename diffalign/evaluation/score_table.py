@@ -215,8 +215,8 @@ def _check(models: Sequence[ModelChoice], target: Path, ensemble: EnsembleChoice
 
 def _describe(values: Sequence[float]) -> dict[str, Any]:
     present = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
-    numbers = {"mean": present.mean, "std": present.std, "min": present.min, "max": present.max}
-    known = {name: json_number(float(of())) if len(present) else None for name, of in numbers.items()}
+    names = ("mean", "std", "min", "max")
+    known = {name: json_number(float(getattr(present, name)())) if len(present) else None for name in names}
     return {"scored": len(present), "missing": len(values) - len(present)} | known
 
 
