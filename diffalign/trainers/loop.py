@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config import check
+from ..environment import code_commit
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..pipelines import adapter_for, load_pipeline, save_lora, save_pipeline
 from .checkpoints import find_checkpoint, load_trainable, save_trainable, write_checkpoint
@@ -213,6 +214,7 @@ class TrainingLoop(ABC):
         self.report = {
             "method": self.method,
             "base_model": self.base_model,
+            "commit": code_commit(),
             "steps": self.step,
             **self.data_report(),
             "global_batch": self.global_batch,
