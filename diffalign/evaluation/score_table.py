@@ -196,10 +196,10 @@ def _check(models: Sequence[ModelChoice], target: Path, ensemble: EnsembleChoice
     names = [choice.column for choice in models]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"expected one or more reward models with different names, got {', '.join(names) or 'none'}.")
-    if taken := {*_KEYS, "ensemble"}.intersection(names):
-        raise ConfigError(f"a model's scores cannot be named {taken.pop()!r}; give another as NAME=MODEL.")
     if any(choice.model == "ensemble" for choice in models):
         raise ConfigError("give the members as models and combine them with --ensemble RULE: one in memory at a time.")
+    if taken := {*_KEYS, "ensemble"}.intersection(names):
+        raise ConfigError(f"a model's scores cannot be named {taken.pop()!r}; give another as NAME=MODEL.")
     if target.suffix not in (".parquet", ".csv"):
         raise ConfigError(f"{target}: expected an output ending in .parquet or .csv.")
     if target.exists() and not overwrite:
