@@ -38,7 +38,7 @@ def serve(folder: Path, port: int, models: list[str]) -> subprocess.Popen:
         command += ["--model", model]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout or ():
-        if "Serving" in line:
+        if " Open " in line:
             return process
     raise SystemExit("the demo did not start")
 

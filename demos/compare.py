@@ -85,8 +85,9 @@ def main() -> int:
     if not local and not options.password:
         print("Others can reach this demo and it asks for no password (--password).", file=sys.stderr)
     page = ui.build(demo)
-    print(f"Votes go to {demo.votes.folder}. Serving on {options.host}; stop with Ctrl+C.")
-    ui.launch(page, demo, host=options.host, port=options.port, share=options.share, password=options.password)
+    url = ui.launch(page, demo, host=options.host, port=options.port, share=options.share, password=options.password)
+    print(f"Votes go to {demo.votes.folder}. Open {url} ; stop with Ctrl+C.", flush=True)
+    page.block_thread()
     return 0
 
 

@@ -162,9 +162,8 @@ def launch(
     port: int | None = None,
     share: bool = False,
     password: str | None = None,
-    block: bool = True,
 ) -> str:
-    """Serve the page.
+    """Serve the page, and return at once.
 
     Args:
         page: from :func:`build`.
@@ -173,12 +172,11 @@ def launch(
         port: None takes the first free one from 7860.
         share: ask Gradio for a public link.
         password: asked for with the user name ``diffalign``.
-        block: until the server stops.
 
     Returns:
-        The local address.
+        The address: the public one where there is one.
     """
-    _, url, _ = page.launch(
+    _, url, public = page.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -191,13 +189,13 @@ def launch(
         show_error=False,
         ssr_mode=False,
         quiet=True,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         theme=theme(),
         css_paths=[HERE / "style.css"],
         head=f"<script>{(HERE / 'keys.js').read_text(encoding='utf-8')}</script>",
         footer_links=["api", "settings"],
     )
-    return str(url)
+    return str(public or url)
 
 
 def theme() -> gr.themes.Base:

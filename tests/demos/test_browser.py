@@ -49,7 +49,7 @@ def demo(tmp_path_factory):
     demo = ui.Demo(engine, VoteBook(folder / "out" / "votes"), Runs(folder), folder / "out" / "exports")
     engine.warm_up()
     page = ui.build(demo)
-    demo.url = ui.launch(page, demo, block=False)
+    demo.url = ui.launch(page, demo)
     yield demo
     page.close()
 

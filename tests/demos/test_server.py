@@ -29,7 +29,7 @@ def server(tmp_path_factory, weights, pool):
     engine = Engine(folder, models, scorers=[red, only_cats], pool=pool, limits=Limits(steps=5))
     demo = ui.Demo(engine, VoteBook(folder / "votes"), Runs(folder), folder / "exports", prompts=["a cat"])
     page = ui.build(demo)
-    demo.url = ui.launch(page, demo, block=False)
+    demo.url = ui.launch(page, demo)
     yield demo
     page.close()
 
@@ -97,7 +97,7 @@ def test_a_password_is_asked_for(tmp_path, weights, pool):
     engine = Engine(tmp_path, [parse_model(f"base={weights['base']}")], scorers=[red], pool=pool)
     demo = ui.Demo(engine, VoteBook(tmp_path / "votes"), Runs(tmp_path), tmp_path / "exports", allow_add=False)
     page = ui.build(demo)
-    url = ui.launch(page, demo, password="wren", block=False)
+    url = ui.launch(page, demo, password="wren")
     try:
         assert httpx.get(f"{url}config").status_code == 401
         assert httpx.post(f"{url}login", data={"username": "diffalign", "password": "x"}).status_code == 400
