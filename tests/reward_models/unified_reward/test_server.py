@@ -252,6 +252,15 @@ def test_no_more_requests_than_allowed_over_all_threads():
         assert judge.statistics.pairs == 24
 
 
+@pytest.fixture
+def interruptible():
+    """A process started in the background ignores Ctrl-C, and Python then raises nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_caller_takes_its_requests_along():
     with JudgeServer(lambda asked: Reply("Image 1 is better", wait=0.2)) as server:
         judge = judge_of(server, concurrency=1, model="m")
