@@ -11,6 +11,7 @@ measurement on held-out combinations. One CPU thread suffices.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -323,16 +324,23 @@ def pair_accuracy(scorer: ShapesJudge, table: PreferenceDataset) -> dict[str, An
     return result
 
 
+def unet_hash() -> str:
+    """Which micro SDXL is embedded: its pictures are what is judged."""
+    weights = pipeline_folder() / "unet" / "diffusion_pytorch_model.safetensors"
+    return hashlib.blake2b(weights.read_bytes(), digest_size=6).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("out/shapes-judge"))
     parser.add_argument("--weights-dir", type=Path, default=judge_folder(), help="where the fp16 model goes")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the renders and the order")
     parser.add_argument("--sample-seeds", type=int, nargs="+", default=[42], help="one table of samples for each")
-    parser.add_argument("--sample-prompts", type=int, default=1500, help="captions a table")
+    parser.add_argument("--sample-prompts", type=int, default=1000, help="captions a table")
     parser.add_argument("--sample-images", type=int, default=6, help="pictures a caption, at least 4")
     parser.add_argument("--render-prompts", type=int, default=3000)
     parser.add_argument("--eval-prompts", type=int, default=200, help="captions of each of the two measurements")
+    parser.add_argument("--eval-seed", type=int, default=45, help="of the held-out captions and their pictures")
     parser.add_argument("--train-steps", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=24, help="captions a step, four pictures each")
     parser.add_argument("--width", type=int, default=12, help="of the first layers of the image tower")
@@ -351,6 +359,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     record_file = args.output_dir / "record.json"
     record = {"date": str(date.today()), "torch": torch.__version__, "threads": torch.get_num_threads()} | settings
+    record["samples_drawn_by"] = unet_hash()
     if not (args.output_dir / "model" / "open_clip_model.safetensors").exists():
         samples = [pictures_of(table) for table in tables]
         rows = [row for part in samples for row in part.readings]
@@ -359,9 +368,9 @@ def main() -> None:
         log.info("pictures read: %.0f s", time.perf_counter() - began)
         record["train"] = train(args, [renders, joined])
         record_file.write_text(json.dumps(record, indent=2) + "\n")
-    record = json.loads(record_file.read_text())
-    fresh = max(args.sample_seeds) + 1
-    held_out = draw_samples(folder / "held-out", args.eval_prompts, args.sample_images, fresh, held_out=True)
+    record = json.loads(record_file.read_text()) | {"eval_seed": args.eval_seed, "measured_on": unet_hash()}
+    target = folder / f"held-out-{args.eval_seed}"
+    held_out = draw_samples(target, args.eval_prompts, args.sample_images, args.eval_seed, held_out=True)
     record["export"] = export(args, held_out, seen)
     record_file.write_text(json.dumps(record, indent=2) + "\n")
     shutil.copy(record_file, args.weights_dir / "record.json")

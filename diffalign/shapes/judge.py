@@ -63,7 +63,7 @@ class ShapesJudge(BaseRewardModel):
             self.tokenizer = open_clip.get_tokenizer(f"local-dir:{self.folder}")
         except (RuntimeError, OSError, ValueError) as error:
             raise RewardModelError(f"shapes-judge: cannot load {self.folder}: {error}") from error
-        self.scale = float(model.logit_scale.exp())
+        self.scale = float(model.logit_scale.detach().exp())
         self.model = model.eval().requires_grad_(False).to(dtype)
         self._revision = hashlib.blake2b(weights.read_bytes(), digest_size=6).hexdigest()
 
