@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,8 +61,4 @@ def test_dpo_improves_held_out_captions(tmp_path):
     report = run(tmp_path / "out")
     strict = report["scores"]["shapes-strict"]["difference"]
     assert strict["n"] >= 400
-    assert strict["mean"] > 0, strict
-    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
-    assert np.mean([p["aligned"]["shapes-strict"] for p in pairs]) > np.mean(
-        [p["base"]["shapes-strict"] for p in pairs]
-    )
+    assert strict["ci95"][0] > 0, strict
