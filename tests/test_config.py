@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign import config as settings
-from diffalign.config import METHODS, Job, check, check_installed, describe, dump, load_job, load_object, recipes
+from diffalign import config_rules
+from diffalign.config import METHODS, Job, describe, dump, load_job, load_object, recipes
+from diffalign.config_rules import check, check_installed
 from diffalign.errors import ConfigError
 from diffalign.trainers.config import DPOConfig, SFTConfig
 
@@ -59,8 +61,8 @@ def test_every_key_of_a_job_is_read_by_the_library() -> None:
 
 def test_every_range_belongs_to_a_setting() -> None:
     names = {f.name for method in METHODS.values() for f in dataclasses.fields(load_object(method.config))}
-    assert set(settings.RANGES) <= names
-    assert set(settings.BELOW_ONE) <= set(settings.RANGES)
+    assert set(config_rules.RANGES) <= names
+    assert set(config_rules.BELOW_ONE) <= set(config_rules.RANGES)
 
 
 # --- slip 18: an unknown key is an error that names the nearest ------------------------------------------------------
@@ -221,7 +223,7 @@ def test_what_is_allowed_passes() -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:
-    if settings.find_spec("bitsandbytes") is not None:
+    if config_rules.find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(ConfigError, match=r"optimizer=adamw_8bit needs bitsandbytes.*diffalign\[bnb\]"):
         check_installed(DPOConfig(max_steps=1, optimizer="adamw_8bit"))
@@ -230,8 +232,8 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
 def test_names_known_here_are_those_of_the_trainers() -> None:
     from diffalign.trainers import optimizers, trackers
 
-    assert settings.SCHEDULES == optimizers.SCHEDULES
-    assert settings.TRACKERS == trackers.TRACKERS
+    assert config_rules.SCHEDULES == optimizers.SCHEDULES
+    assert config_rules.TRACKERS == trackers.TRACKERS
 
 
 def test_every_method_has_a_trainer_of_its_config() -> None:

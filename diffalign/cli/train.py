@@ -67,7 +67,8 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
     Returns:
         The folder of the final weights, and the trainer's report (None on all processes but the first).
     """
-    from ..config import check_installed, dump, trainer_class
+    from ..config import dump, trainer_class
+    from ..config_rules import check_installed
     from ..environment import check_torch_pair
 
     check_installed(config)

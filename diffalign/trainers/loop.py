@@ -26,7 +26,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import check
+from ..config_rules import check
 from ..environment import code_commit
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..pipelines import adapter_for, load_pipeline, save_lora, save_pipeline
