@@ -75,6 +75,14 @@ def test_groups_do_not_mix_and_order_does_not_matter():
     assert torch.allclose(together[groups == 1], one_group(rewards[groups == 1]))
 
 
+def test_the_fixed_scale_is_that_of_the_groups_own_rewards():
+    """Neither the pictures of other groups nor a missing reward change it."""
+    rewards = torch.tensor([0, 1 / 3, 2 / 3, 1, 0, 0.5, 1, float("nan")], dtype=torch.float64)
+    both = group_advantages(rewards, torch.tensor([0] * 4 + [1] * 4), scale="fixed")
+    assert both[:4].tolist() == pytest.approx(one_group([0, 1 / 3, 2 / 3, 1], scale="fixed").tolist())
+    assert both[4:].tolist() == pytest.approx([*one_group([0, 0.5, 1], scale="fixed").tolist(), 0.0])
+
+
 def test_rewards_are_normalised_before_they_are_added():
     first, second = torch.tensor([0.0, 1, 2, 3]), torch.tensor([0.0, 100, 0, 0])
     groups, weights = torch.zeros(4, dtype=torch.int64), torch.tensor([1.0, 1.0])

@@ -58,6 +58,14 @@ def test_clip_side(log_ratio, advantage, loss, flows):
     assert out.stats["clip_share"].item() == float(not flows)
 
 
+def test_nothing_is_clipped_inside_the_range():
+    new = torch.tensor([0.0, 5e-5, -5e-5], dtype=torch.float64, requires_grad=True)
+    out = grpo_loss(new, torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0]), clip_range=1e-4)
+    out.loss.sum().backward()
+    assert (new.grad != 0).all()
+    assert out.stats["clip_share"].tolist() == [0.0, 0.0, 0.0]
+
+
 def test_sum_convention_is_d_times_mean():
     mean, total = (
         grpo_loss(*probabilities(MOVE, convention), torch.ones(1)).stats["log_ratio"].item()
