@@ -114,6 +114,9 @@ def test_outside_the_interval_only_the_conditional_model_predicts(family, loras)
     with negative_guidance(pipe, negative, interval=(0.3, 0.6)) as calls:
         draw(pipe, family)
     assert calls.negative_calls == 1 and calls.positive_calls == STEPS
+    with negative_guidance(pipe, negative, interval=(1 / STEPS, 2 / STEPS)) as calls:  # its end is not part of it
+        draw(pipe, family)
+    assert calls.negative_calls == 1
     unguided = draw(pipe, family, 1.0)
     with negative_guidance(pipe, negative, interval=(0.999, 1.0)) as calls:
         got = draw(pipe, family)
