@@ -70,8 +70,8 @@ def negative_guidance(
         beta: share of the negative change; None means 1, or what was exported.
         rescale: phi of guidance rescale (2305.08891), 0 to 1, in every family; None means 0, or what was exported.
         interval: guide only in this part of sampling, from 0 (noise) up to, not with, 1 (picture): step i of n lies at
-            i / n. Elsewhere the conditional
-            prediction is used alone and the negative model is not called. None means (0, 1), or what was exported.
+            i / n. Elsewhere the conditional prediction is used alone and the negative model is not called. None means
+            (0, 1), or what was exported.
         embedding: what the negative branch is told: ``default`` (what the pipeline makes: the negative prompt, or for
             SDXL zeros where it has ``force_zeros_for_empty_prompt``), ``empty`` (the encoded ""), ``zeros``, or
             ``prompt`` (the same as the positive branch). None means ``default``, or what was exported.
