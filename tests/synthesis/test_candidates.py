@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,8 @@ def test_repeats_are_found_whatever_small_noise_is_on_them():
     assert [c.problem for c in marked] == ["", "", "duplicate of candidate 0", "black"]
     exact = mark_duplicates([candidate(p) for p in (first, speckled, first)], 0.0)
     assert [c.problem for c in exact] == ["", "", "duplicate of candidate 0"]
+    unsafe = replace(candidate(first), problem="unsafe")
+    assert mark_duplicates([unsafe, candidate(first)], 1.0)[1].problem == ""  # what is left out hides nothing
     assert math.isnan(distance(b"", thumbnail(first)))
 
 
