@@ -12,7 +12,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 CHECKED := diffalign reward_models training tests benchmarks demos
 
-.PHONY: help quickstart test lint types slow study-dpo study-npo study-offline study-generate pretrain-shapes clean
+.PHONY: help quickstart test lint types slow study-dpo study-offline study-ablations study-prefgrpo study-npo study-generate pretrain-shapes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,11 +34,17 @@ slow: $(DEV)  ## one-seed proofs, tests of the shipped weights and, where there 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow or weights or gpu" $(ARGS)
 
 study-dpo: $(RUN)  ## three seeds of DPO and its controls on the shapes world; about an hour on 2 cores
-	$(BIN)/python benchmarks/study_offline.py --arms dpo sft shuffled --name study-dpo $(ARGS)
+	$(BIN)/python benchmarks/study_methods.py --arms dpo sft shuffled --name study-dpo $(ARGS)
 
-study-offline: $(RUN)  ## every offline method, its controls and ablations, three seeds; some hours on 2 cores
-	$(BIN)/python benchmarks/study_offline.py --name study-offline --arms dpo mapo smpo rankdpo sft shuffled \
-		smpo-hard smpo-noise rankdpo-plain $(ARGS)
+study-offline: $(RUN)  ## every offline method and its controls, three seeds; some hours on 2 cores
+	$(BIN)/python benchmarks/study_methods.py --name study-offline --arms dpo mapo smpo rankdpo sft shuffled $(ARGS)
+
+study-ablations: $(RUN)  ## RankDPO against DPO on lists of 4, 6 and 8; SmPO's two halves apart; after study-offline it reuses its runs
+	$(BIN)/python benchmarks/study_methods.py --name study-ablations --arms dpo rankdpo rankdpo-plain dpo-4 rankdpo-4 \
+		dpo-8 rankdpo-8 smpo smpo-inverted smpo-inverted-hard $(ARGS)
+
+study-prefgrpo: $(RUN)  ## Pref-GRPO with the checker and with the learned judge, GRPO on scores, a random reward
+	$(BIN)/python benchmarks/study_methods.py --name study-prefgrpo --arms prefgrpo grpo prefgrpo-judge grpo-random $(ARGS)
 
 study-npo: $(RUN)  ## negative guidance against plain guidance over scales, three seeds; hours on 2 cores
 	$(BIN)/python benchmarks/study_npo.py $(ARGS)

@@ -4,7 +4,8 @@
 
 Needs the extras `demo` and `dev` and a Chromium (`CHROMIUM=/path` when it is not on the PATH). The server is a process
 of its own with the embedded model, as `demos/compare.py` starts it; the first click asks for one picture of a fresh
-server, the second for one of another seed. `with_lora` compares the base with a LoRA: two pictures a click.
+server, the second for one of another seed. `with_lora` compares the base with a LoRA: two pictures a click. Seconds
+depend on what else the machine does; the CPU seconds of the server (Linux) do not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
@@ -31,9 +33,17 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
-def serve(folder: Path, port: int, models: list[str]) -> subprocess.Popen:
+def serve(folder: Path, port: int, models: list[str], options: Sequence[str] = ()) -> subprocess.Popen:
     """Start the demo and wait until it answers."""
-    command = [sys.executable, str(ROOT / "demos" / "compare.py"), "--output", str(folder), "--port", str(port)]
+    command = [
+        sys.executable,
+        str(ROOT / "demos" / "compare.py"),
+        "--output",
+        str(folder),
+        "--port",
+        str(port),
+        *options,
+    ]
     for model in models:
         command += ["--model", model]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -41,6 +51,12 @@ def serve(folder: Path, port: int, models: list[str]) -> subprocess.Popen:
         if " Open " in line:
             return process
     raise SystemExit("the demo did not start")
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """What all threads of a process have used so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_pictures(page: Page, count: int, seed: int) -> float:
@@ -61,7 +77,7 @@ def wait_for_pictures(page: Page, count: int, seed: int) -> float:
 
 def measure(name: str, models: list[str], rounds: int, port: int) -> dict[str, object]:
     """First and later clicks on fresh servers."""
-    first, later = [], []
+    first, later, used = [], [], []
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -74,7 +90,11 @@ def measure(name: str, models: list[str], rounds: int, port: int) -> dict[str, o
                     page.wait_for_selector("#generate")
                     count = 1 + len(models)
                     first.append(wait_for_pictures(page, count, 1))
-                    later += [wait_for_pictures(page, count, seed) for seed in (2, 3, 4)]
+                    for seed in (2, 3, 4):
+                        began = cpu_seconds(process)
+                        later.append(wait_for_pictures(page, count, seed))
+                        page.wait_for_timeout(1000)  # what the click still causes counts too
+                        used.append(cpu_seconds(process) - began)
                 finally:
                     process.terminate()
                     process.wait(30)
@@ -84,6 +104,7 @@ def measure(name: str, models: list[str], rounds: int, port: int) -> dict[str, o
         "pictures_per_click": 1 + len(models),
         "first_click_seconds": [round(value, 2) for value in first],
         "later_click_seconds": [round(value, 2) for value in later],
+        "later_click_server_cpu_seconds": [round(value, 2) for value in used],
         "median_first": round(statistics.median(first), 2),
         "median_later": round(statistics.median(later), 2),
     }

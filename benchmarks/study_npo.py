@@ -4,7 +4,8 @@
 
 Each arm trains a negative model from prompts (recipe shapes-selfnpo) and draws held-out prompts with it in the
 unconditional branch; plain guidance draws the same prompts from the same noise at the same scales. ``npo`` trains on
-reversed preferences instead (recipe shapes-npo). Finished stages are skipped when it is run again.
+reversed preferences instead (recipe shapes-npo). The arms ``dpo-...`` do the same around a model aligned by the recipe
+shapes-dpo, whose change is in both branches (alpha = 1). Finished stages are skipped when it is run again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +30,53 @@ SCORES = ("shapes-strict", "shapes")
 
 @dataclass(frozen=True)
 class Arm:
-    """A negative model, and how it is used."""
+    """A negative model, and how it is used.
+
+    Args:
+        title: in the table.
+        trained: folder of the negative model's run; empty for plain guidance.
+        recipe, overrides: how it is trained.
+        guidance: settings of ``negative_guidance``.
+        aligned: whether the pictures are those of the model aligned by shapes-dpo.
+        beside: the arm that it is compared with.
+    """
 
     title: str
-    trained: str  # folder of the run, None where nothing is trained
+    trained: str = ""
     recipe: str = "shapes-selfnpo"
     overrides: tuple[str, ...] = ()
-    guidance: tuple[tuple[str, Any], ...] = ()  # settings of negative_guidance
+    guidance: tuple[tuple[str, Any], ...] = ()
+    aligned: bool = False
+    beside: str = "plain"
 
 
+TEACHER = ("teacher_guidance=-4",)
 ARMS = {
-    "plain": Arm("plain guidance", ""),
+    "plain": Arm("plain guidance"),
     "teacher1": Arm("Self-NPO, teacher guidance 1", "teacher1", overrides=("teacher_guidance=1",)),
     "teacher0": Arm("Self-NPO, teacher guidance 0", "teacher0", overrides=("teacher_guidance=0",)),
-    "teacher-4": Arm("Self-NPO, teacher guidance -4", "teacher-4", overrides=("teacher_guidance=-4",)),
-    "half-4": Arm("the same, beta = 0.5", "teacher-4", overrides=("teacher_guidance=-4",), guidance=(("beta", 0.5),)),
+    "teacher-4": Arm("Self-NPO, teacher guidance -4", "teacher-4", overrides=TEACHER),
+    "half-4": Arm("the same, beta = 0.5", "teacher-4", overrides=TEACHER, guidance=(("beta", 0.5),)),
     "npo": Arm("Diffusion-NPO (reversed DPO)", "npo", recipe="shapes-npo"),
+    "dpo": Arm("DPO, plain guidance", aligned=True),
+    "dpo-half-4": Arm(
+        "DPO and Self-NPO, teacher guidance -4, beta = 0.5",
+        "teacher-4",
+        overrides=TEACHER,
+        guidance=(("alpha", 1.0), ("beta", 0.5)),
+        aligned=True,
+        beside="dpo",
+    ),
+    "dpo-npo": Arm(
+        "DPO and Diffusion-NPO",
+        "npo",
+        recipe="shapes-npo",
+        guidance=(("alpha", 1.0),),
+        aligned=True,
+        beside="dpo",
+    ),
 }
+ALIGNED = Arm("", "dpo", recipe="shapes-dpo")
 
 
 def work(root: Path, seed: int, name: str, prompts: int, scales: list[float], steps: int) -> None:
@@ -57,16 +89,21 @@ def work(root: Path, seed: int, name: str, prompts: int, scales: list[float], st
     from reward_models import load_reward_model
 
     arm, folder = ARMS[name], root / f"seed-{seed}"
-    if arm.trained and not (folder / arm.trained / "final").is_dir():
-        train(root, folder / arm.trained, seed, arm)
+    for run in [arm] * bool(arm.trained) + [ALIGNED] * arm.aligned:
+        if not (folder / run.trained / "final").is_dir():
+            train(root, folder / run.trained, seed, run)
+    positive = folder / ALIGNED.trained if arm.aligned else None
     texts = sample_captions(prompts, seed=2000 + seed, held_out=True)
     scorers = [load_reward_model(score) for score in SCORES]
     for scale in scales:
         file = folder / "scores" / f"{name}-{scale:g}-{prompts}.json"
         if file.is_file():
             continue
-        pipe = load_pipeline("shapes")
-        context = negative_guidance(pipe, folder / arm.trained, **dict(arm.guidance)) if arm.trained else nullcontext()
+        if arm.trained:
+            pipe = load_pipeline("shapes")
+            context = negative_guidance(pipe, folder / arm.trained, positive, **dict(arm.guidance))
+        else:
+            pipe, context = load_pipeline(str(positive / "final") if positive else "shapes"), nullcontext()
         with context:
             pictures = draw(pipe, texts, [0], SamplingSettings(steps, scale, 32))
         scores = {model.name: model.score(pictures, texts).tolist() for model in scorers}
@@ -81,7 +118,7 @@ def train(root: Path, run: Path, seed: int, arm: Arm) -> None:
     from diffalign.config import load_job, trainer_class
 
     data = []
-    if arm.recipe == "shapes-npo":
+    if arm.recipe != "shapes-selfnpo":
         from diffalign.quickstart import Settings, make_preferences
 
         make_preferences(root / f"seed-{seed}" / "preferences", Settings(seed=seed))
@@ -92,7 +129,7 @@ def train(root: Path, run: Path, seed: int, arm: Arm) -> None:
 
 
 def collect(root: Path, seeds: list[int], arms: list[str], prompts: int, scales: list[float]) -> dict[str, Any]:
-    """Paired statistics by arm, scale and score; every arm against plain guidance at the same scale."""
+    """Paired statistics by arm, scale and score; every arm against the one it stands beside at the same scale."""
     from diffalign.evaluation.statistics import compare_paired
 
     results: dict[str, Any] = {}
@@ -100,14 +137,24 @@ def collect(root: Path, seeds: list[int], arms: list[str], prompts: int, scales:
         for scale in scales:
             cell = results.setdefault(arm, {}).setdefault(f"{scale:g}", {})
             for score in SCORES:
-                values: dict[str, list[float]] = {"plain": [], arm: []}
-                for seed in seeds:
-                    for which in values:
-                        file = root / f"seed-{seed}" / "scores" / f"{which}-{scale:g}-{prompts}.json"
-                        values[which] += json.loads(file.read_text())[score]
+                drawn = {
+                    which: [values_of(root, seed, which, scale, prompts, score) for seed in seeds]
+                    for which in (ARMS[arm].beside, arm)
+                }
+                base, its = (list(chain.from_iterable(drawn[which])) for which in (ARMS[arm].beside, arm))
                 keys = [(seed, i) for seed in seeds for i in range(prompts)]
-                cell[score] = compare_paired(values["plain"], values[arm], keys).to_json()
+                cell[score] = compare_paired(base, its, keys).to_json()
+                cell[score]["seeds"] = {
+                    str(seed): compare_paired(*parts, range(prompts)).to_json()["difference"]
+                    for seed, *parts in zip(seeds, drawn[ARMS[arm].beside], drawn[arm], strict=True)
+                }
     return results
+
+
+def values_of(root: Path, seed: int, arm: str, scale: float, prompts: int, score: str) -> list[float]:
+    """Scores of one cell's pictures."""
+    file = root / f"seed-{seed}" / "scores" / f"{arm}-{scale:g}-{prompts}.json"
+    return json.loads(file.read_text())[score]
 
 
 def markdown(results: dict[str, Any], scales: list[float], score: str = "shapes-strict") -> str:
@@ -119,7 +166,7 @@ def markdown(results: dict[str, Any], scales: list[float], score: str = "shapes-
             pooled = cells[f"{scale:g}"][score]
             low, high = pooled["difference"]["ci95"]
             change = f" ({pooled['difference']['mean']:+.3f} [{low:+.3f}, {high:+.3f}])"
-            row.append(f"{pooled['aligned']:.3f}" + (change if arm != "plain" else ""))
+            row.append(f"{pooled['aligned']:.3f}" + (change if arm != ARMS[arm].beside else ""))
         lines.append(f"| {ARMS[arm].title} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -129,7 +176,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("out/study-npo"))
     parser.add_argument("--results", type=Path, default=Path("docs/results/npo.json"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=["teacher1", "teacher0", "teacher-4"])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=[name for name in ARMS if name != "plain"])
     parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 3.0, 6.0])
     parser.add_argument("--prompts", type=int, default=400, help="held-out prompts a seed")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")

@@ -24,6 +24,12 @@ from diffalign.evaluation.prompts import read_prompts
 from reward_models import RewardModelError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: Shown first where the base is not the embedded model, whose own examples are captions of shapes.
+PROMPTS = (
+    "a red bicycle leaning against a yellow wall",
+    "two cats and one dog on a sofa, watercolour",
+    "a glass of orange juice left of a blue book",
+)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -32,8 +38,10 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", default="shapes", help="the first model, and the one LoRAs sit on (default: %(default)s)")
     add("--model", action="append", default=[], metavar="[LABEL=]NAME", help="another model; may be repeated")
-    add("--score", action="append", metavar="NAME", help="reward model; may be repeated (shapes-strict and shapes)")
+    add("--score", action="append", metavar="NAME", help="reward model; may be repeated (the checker for shapes)")
     add("--prompts", metavar="FILE", help="example prompts (.txt, .jsonl, .json, shapes:heldout)")
+    add("--steps", type=int, help="what the page begins with (12 for shapes, else 25)")
+    add("--guidance", type=float, help="what the page begins with (3 for shapes, else 5)")
     add("--runs", default="out", metavar="FOLDER", help="where training runs are looked for (default: %(default)s)")
     add("--output", default="out/compare", metavar="FOLDER", help="pictures and votes go here (default: %(default)s)")
     add("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address (default: %(default)s)")
@@ -60,12 +68,14 @@ def main() -> int:
         print(f'The demo needs the extra "demo" ({error}): pip install "diffalign[demo]"', file=sys.stderr)
         return 1
     output, local = Path(options.output), options.host in LOOPBACK and not options.share
+    own = options.base == "shapes"
+    steps, guidance = (12, 3.0) if own else (25, 5.0)
     limits = {name.removeprefix("max_"): value for name, value in vars(options).items() if name.startswith("max_")}
     try:
         engine = Engine(
             output,
             [parse_model(options.base), *(parse_model(name, options.base) for name in options.model)],
-            scorers=options.score or ("shapes-strict", "shapes"),
+            scorers=options.score or (("shapes-strict", "shapes") if own else ()),
             pool=ModelPool(device=options.device, dtype=options.dtype, keep_gb=options.keep_gb),
             limits=limits_from({**limits, "batch": options.batch}),
         )
@@ -76,7 +86,9 @@ def main() -> int:
             (output / "exports").resolve(),
             base=options.base,
             allow_add=local if options.allow_add is None else options.allow_add,
-            prompts=read_prompts(options.prompts, limit=8) if options.prompts else (),
+            prompts=read_prompts(options.prompts, limit=8) if options.prompts else () if own else PROMPTS,
+            steps=steps if options.steps is None else options.steps,
+            guidance=guidance if options.guidance is None else options.guidance,
         )
         engine.warm_up()
     except (DiffalignError, RewardModelError) as error:
@@ -85,7 +97,13 @@ def main() -> int:
     if not local and not options.password:
         print("Others can reach this demo and it asks for no password (--password).", file=sys.stderr)
     page = ui.build(demo)
-    url = ui.launch(page, demo, host=options.host, port=options.port, share=options.share, password=options.password)
+    try:
+        url = ui.launch(
+            page, demo, host=options.host, port=options.port, share=options.share, password=options.password
+        )
+    except OSError as error:  # the port is taken, or the address is not this machine's
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"Votes go to {demo.votes.folder}. Open {url} ; stop with Ctrl+C.", flush=True)
     page.block_thread()
     return 0

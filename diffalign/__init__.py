@@ -7,10 +7,15 @@ The public names below are imported on first use, so that ``import diffalign`` c
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# On some CPUs MKL's rounding depends on where in memory a tensor happens to lie, so that a model and its copy differ in
+# the last digit. Read at MKL's first call; costs nothing measurable.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 if TYPE_CHECKING:
     from .data import load_preferences

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config_values import as_yaml, default_of, fields_of, listed, nearest, typed
 from .errors import ConfigError
-from .trainers.config import PreferenceConfig, PrefGRPOConfig, TrainingConfig
+from .trainers.config import NoiseLevelConfig, PreferenceConfig, PrefGRPOConfig, TrainingConfig
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"), _SHARE),
     **dict.fromkeys(("min_margin", "caption_dropout", "label_smoothing", "target_gradient_factor"), _SHARE),
     **dict.fromkeys(("images_per_pass", "precompute_reference", "draws_per_row", "max_prompt_tokens"), _COUNT),
+    **dict.fromkeys(("matching_draws", "inversion_buckets"), _COUNT),
     **dict.fromkeys(("density_std", "gamma", "kappa", "margin_scale", "exponent", "log_base"), _POSITIVE),
     **dict.fromkeys(("sft_weight", "margin_weight", "inversion_steps", "renoise", "guidance_embedding"), _NOT_NEGATIVE),
     **dict.fromkeys(("curriculum_stages", "list_size", "group_size"), (2, math.inf, True)),
@@ -41,6 +42,20 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 }
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout", "teacher_decay")
 BELOW_HALF = ("label_smoothing", "target_gradient_factor")
+#: What only one of the objectives of online training reads.
+MATCHING = [
+    "min_timestep",
+    "max_timestep",
+    "timesteps",
+    "timestep_density",
+    "density_mean",
+    "density_std",
+    "loss_space",
+]
+SAMPLING = [
+    *("sampler", "noise_level", "guidance_gradient", "latent_dtype", "final_steps", "sde_window", "sde_window_moves"),
+    *("sde_window_stay", "timestep_fraction", "log_prob", "ratio_norm", "kl_form"),
+]
 
 
 def check(config: TrainingConfig) -> None:
@@ -93,6 +108,11 @@ def _check_combinations(config: TrainingConfig) -> None:
         c.adapter != "none" or c.reference_dtype == "same" or c.mixed_precision != "no",
         f"reference_dtype={c.reference_dtype} needs autocast: set mixed_precision, or reference_dtype=same.",
     )
+    if isinstance(c, NoiseLevelConfig):
+        require(
+            c.max_timestep is None or c.min_timestep <= c.max_timestep,
+            f"min_timestep={c.min_timestep} must not be above max_timestep={c.max_timestep}.",
+        )
     if isinstance(c, PreferenceConfig):
         _check_preference_combinations(c)
     if isinstance(c, PrefGRPOConfig):
@@ -106,10 +126,6 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_preference_combinations(c: PreferenceConfig) -> None:
     _require(
-        c.max_timestep is None or c.min_timestep <= c.max_timestep,
-        f"min_timestep={c.min_timestep} must not be above max_timestep={c.max_timestep}.",
-    )
-    _require(
         c.ties == "drop" or c.min_margin == 0,
         f"ties=soft keeps ties, min_margin={c.min_margin} drops them: choose min_margin=0 or ties=drop.",
     )
@@ -119,19 +135,25 @@ def _check_preference_combinations(c: PreferenceConfig) -> None:
         "between the two: set lora_dropout=0.",
     )
     _require(
-        c.precompute_reference is None or c.draws_per_row in (None, c.precompute_reference),
-        f"precompute_reference={c.precompute_reference} is a number of draws per row too: leave draws_per_row out.",
-    )
-    _require(
         c.precompute_reference is None or c.has_reference,
         f"precompute_reference={c.precompute_reference}, but this method compares with no reference model: leave it "
         "out.",
+    )
+    _require(
+        c.precompute_reference is None or c.draws_per_row in (None, c.precompute_reference),
+        f"precompute_reference={c.precompute_reference} is a number of draws per row too: leave draws_per_row out.",
     )
     inverter = getattr(c, "inverter", None)
     _require(
         c.precompute_reference is None or inverter != "policy",
         f"precompute_reference={c.precompute_reference} needs noise that stays the same, but with inverter=policy it "
         "moves with the policy: use inverter=reference.",
+    )
+    buckets = getattr(c, "inversion_buckets", None)
+    _require(
+        buckets is None or not c.sample_latents,
+        f"inversion_buckets={buckets} would find no inversion again: with sample_latents=true each visit inverts other "
+        "latents of the image. Set sample_latents=false.",
     )
     score_range = getattr(c, "score_range", [])
     _require(
@@ -141,6 +163,11 @@ def _check_preference_combinations(c: PreferenceConfig) -> None:
 
 
 def _check_grpo_combinations(c: PrefGRPOConfig) -> None:
+    _require(
+        c.objective == "sampling" or not c.shared_noise,
+        "shared_noise=true with objective=matching would draw one picture group_size times: its rollouts have no other "
+        "randomness. Leave it out.",
+    )
     _require(
         c.gradient_accumulation_steps == 1,
         f"gradient_accumulation_steps={c.gradient_accumulation_steps} has no effect: the pictures of an update are run "
@@ -183,7 +210,8 @@ def _check_idle(config: TrainingConfig) -> None:
         (own.get("variant") == "paper", "variant=paper", ["margin_weight", "kappa", "margin_scale"]),
         (own.get("variant") == "code", "variant=code", ["exponent"]),
         ("gamma" in own and own["score"] is None, "score=null", ["score_range", "contradiction"]),
-        (own.get("inversion_steps") == 0, "inversion_steps=0", ["renoise", "inverter"]),
+        (own.get("inversion_steps") == 0, "inversion_steps=0", ["renoise", "inverter", "inversion_buckets"]),
+        (own.get("inverter") == "policy", "inverter=policy (nothing is cached)", ["inversion_buckets"]),
         (own.get("teacher") == "frozen", "teacher=frozen", ["teacher_decay"]),
         (own.get("teacher") == "ema", "teacher=ema (nothing is copied)", ["reference_dtype"]),
         (own.get("loss") == "mse", "loss=mse", ["huber_c"]),
@@ -191,8 +219,10 @@ def _check_idle(config: TrainingConfig) -> None:
         (own.get("weighting") == "gain", "weighting=gain", ["log_base", "rank_source"]),
         (c.optimizer == "adafactor", "optimizer=adafactor", ["adam_beta1", "adam_beta2", "adam_epsilon"]),
         (c.lr_schedule == "constant", "lr_schedule=constant (use constant_with_warmup)", ["warmup_steps"]),
-        (bool(own.get("timesteps")), "a list of timesteps", ["min_timestep", "max_timestep"]),
+        (bool(own.get("timesteps")), "a list of timesteps", ["min_timestep", "max_timestep", "inversion_buckets"]),
         (c.validate_every is None, "validate_every=null", ["validation_prompts"]),
+        (own.get("objective") == "sampling", "objective=sampling", ["matching_draws", *MATCHING]),
+        (own.get("objective") == "matching", "objective=matching", SAMPLING),
         (own.get("reward") == "score", "reward=score", ["pairing", "opponents", "both_orders", "tie_margin"]),
         (own.get("kl_weight") == 0, "kl_weight=0", ["kl_form", "reference_dtype"]),
         (own.get("guidance_scale", 2) <= 1, "guidance_scale of 1 or less", ["guidance_gradient"]),

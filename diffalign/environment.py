@@ -122,6 +122,16 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def peak_memory() -> float | None:
+    """The most memory that this process has held, in GiB; None on a system that does not tell."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def info() -> dict[str, Any]:
     """Versions, devices, attention back ends, and what is installed; plain values only, for ``diffalign info``."""
     problem = find_problem()

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data.files import write_whole
+from .environment import peak_memory
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,8 +79,9 @@ def run(output_dir: str | Path, *, seed: int = 0, overrides: list[str] | None = 
     seconds["evaluate"] = time.perf_counter() - began
 
     report["seconds"] = seconds | {"total": sum(seconds.values())}
+    report["peak_memory_gib"] = peak_memory()
     report["next_commands"] = next_commands(folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_whole(folder / "report.json", json.dumps(report, indent=2))
     return report
 
 
@@ -109,22 +112,22 @@ def make_preferences(folder: Path, settings: Settings) -> PreferenceDataset:
 
 
 def train(
-    table: Path,
+    table: Path | str,
     folder: Path,
     seed: int,
     overrides: list[str] | None = None,
     *,
-    dataset: PreferenceDataset,
+    dataset: PreferenceDataset | str,
     recipe: str = RECIPE,
 ) -> dict[str, Any]:
     """Train a recipe on a table, or continue what was stopped.
 
     Args:
-        table: where the preferences are; recorded in the run's ``config.yaml``.
+        table: where the preferences, or prompts, are; recorded in the run's ``config.yaml``.
         folder: of the run.
         seed: run seed.
         overrides: ``key=value`` settings in place of the recipe's.
-        dataset: the loaded table.
+        dataset: the loaded table, or prompts for methods that draw their own pictures.
         recipe: name of the recipe.
     """
     from .config import dump, load_job, trainer_class
@@ -132,8 +135,7 @@ def train(
     fixed = [f"dataset={table}", f"output_dir={folder}", f"seed={seed}", "resume=latest"]
     job, config = load_job(recipe, [*fixed, *(overrides or [])])
     trainer = trainer_class(job.method)("shapes", config, train_dataset=dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(job, config), encoding="utf-8")
+    write_whole(folder / "config.yaml", dump(job, config))
     return trainer.train()
 
 
@@ -172,5 +174,4 @@ def _claim(folder: Path, settings: Settings, overrides: list[str]) -> None:
     file = folder / "quickstart.json"
     if file.is_file() and json.loads(file.read_text()) != record:
         raise ConfigError(f"{folder} holds a quickstart with other settings. Choose another --output-dir or delete it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2))
+    write_whole(file, json.dumps(record, indent=2))

@@ -72,11 +72,16 @@ class ClipScore(WeightsRewardModel):
         self._identify(model, self.model, tag=tag, prefix=self.prefix, cosine=cosine)
 
     @torch.inference_mode()
-    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
-        words = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
-        seen = F.normalize(
+    def embed(self, images: list[Image.Image]) -> Tensor:
+        """(n, d) fp32: unit embeddings of RGB pictures, as the score compares them; how far apart pictures are."""
+        return F.normalize(
             self.model.encode_image(stack(self.preprocess, images, self.device, self.dtype)).float(), dim=-1
         )
+
+    @torch.inference_mode()
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        words = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
+        seen = self.embed(images)
         told = F.normalize(self.model.encode_text(words).float(), dim=-1)
         cosine = (seen * told).sum(-1)
         return cosine if self.cosine else self.weight * cosine.clamp(min=0)

@@ -68,7 +68,7 @@ class HPSv2(WeightsRewardModel):
         self.model.eval().requires_grad_(False).to(self.device, dtype)
         size = self.model.visual.image_size
         self.preprocess = letterbox(size[0] if isinstance(size, tuple) else size, antialias=antialias)
-        self._identify(checkpoint, self.model, version=version, antialias=antialias)
+        self._identify(checkpoint, self.model, version=version, architecture=architecture, antialias=antialias)
 
     @torch.inference_mode()
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:

@@ -89,7 +89,8 @@ class HPSv3(WeightsRewardModel):
             raise RewardModelError(f"{self.name}: {backbone} has more tokens than the checkpoint; is it the right one?")
         self.model = build_from_state(Qwen2VLModel, config, network, self.name, dtype).to(self.device)
         self.head = _head(take(state, "rm_head."), self.name).to(self.device)
-        self._identify(checkpoint, self.model, self.head, instruction=_hash(self.instruction), pixels=pixels)
+        settings = {"backbone": str(backbone), "instruction": _hash(self.instruction), "pixels": pixels}
+        self._identify(checkpoint, self.model, self.head, **settings)
 
     @torch.inference_mode()
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:

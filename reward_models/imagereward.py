@@ -96,7 +96,7 @@ class ImageReward(WeightsRewardModel):
                 f"{self.name}: {tokenizer} has {len(self.tokenizer)} tokens, the checkpoint {text_config.vocab_size}."
             )
         self.preprocess = shortest_side_crop(vision_config.image_size)
-        self._identify(checkpoint, self.vision, self.text, self.head)
+        self._identify(checkpoint, self.vision, self.text, self.head, tokenizer=str(tokenizer))
 
     @torch.inference_mode()
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:

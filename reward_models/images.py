@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import RewardModelError
 
-_PLAIN_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+_PLAIN_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 def to_pil(images: Any, *, pixel_range: tuple[float, float] = (0.0, 1.0), first: int = 0) -> list[Image.Image]:
@@ -70,6 +70,8 @@ def _open(path: Path, index: int) -> Image.Image:
 def _rgb(image: Image.Image, index: int) -> Image.Image:
     if image.mode not in _PLAIN_MODES:
         raise RewardModelError(f"picture {index}: PIL mode {image.mode!r} has no fixed range; convert it to RGB first.")
+    if 0 in image.size:
+        raise RewardModelError(f"picture {index}: it has {image.width} x {image.height} pixels.")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -91,7 +91,8 @@ class MPS(WeightsRewardModel):
         self.tokenizer = load_pretrained(AutoTokenizer, backbone, self.name, revision=revision)
         self.preprocess = load_pretrained(CLIPImageProcessorPil, backbone, self.name, revision=revision)
         self.threshold = threshold
-        self._identify(checkpoint, self.model, self.fusion, condition=condition, threshold=threshold)
+        settings = {"backbone": str(backbone), "condition": condition, "threshold": threshold}
+        self._identify(checkpoint, self.model, self.fusion, **settings)
         with torch.inference_mode():
             self.condition = self._read([condition])[0]
 

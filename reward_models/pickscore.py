@@ -57,12 +57,17 @@ class PickScore(WeightsRewardModel):
         self.tokenizer = load_pretrained(AutoTokenizer, processor, self.name)
         self.preprocess = load_pretrained(CLIPImageProcessorPil, processor, self.name)
         self.tokens = self.model.config.text_config.max_position_embeddings
-        self._identify(checkpoint, self.model)
+        self._identify(checkpoint, self.model, processor=str(processor))
+
+    @torch.inference_mode()
+    def embed(self, images: list[Image.Image]) -> Tensor:
+        """(n, d) fp32: unit embeddings of RGB pictures, as the score compares them; how far apart pictures are."""
+        pixels = self.preprocess(images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+        return F.normalize(self.model.get_image_features(pixels).pooler_output.float(), dim=-1)
 
     @torch.inference_mode()
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
-        pixels = self.preprocess(images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
         text = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
-        seen = F.normalize(self.model.get_image_features(pixels).pooler_output.float(), dim=-1)
+        seen = self.embed(images)
         told = F.normalize(self.model.get_text_features(**text.to(self.device)).pooler_output.float(), dim=-1)
         return self.model.logit_scale.float().exp() * (seen * told).sum(-1)

@@ -122,6 +122,28 @@ def read_state(path: Path) -> State:
     return content
 
 
+def read_part(source: str | Path, prefixes: tuple[str, ...], revision: str | None = None) -> State:
+    """The tensors under ``prefixes`` of a checkpoint as transformers saves it: one file or several, of either kind.
+
+    Raises:
+        RewardModelError: the folder or hub repository ``source`` holds no such checkpoint.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        names = {single}
+        try:
+            try:
+                index = json.loads(find_file(source, f"{single}.index.json", revision).read_text(encoding="utf-8"))
+                names = {file for key, file in index["weight_map"].items() if key.startswith(prefixes)}
+            except RewardModelError:
+                pass  # not in several files
+            states = [read_state(find_file(source, name, revision)) for name in sorted(names)]
+        except RewardModelError as error:
+            problem = error
+            continue
+        return {key: value for state in states for key, value in state.items() if key.startswith(prefixes)}
+    raise problem
+
+
 def take(state: State, prefix: str, *, drop: Iterable[str] = ()) -> State:
     """The entries of ``state`` under ``prefix``, without it and without names that start with one of ``drop``."""
     dropped = tuple(drop)
@@ -157,10 +179,12 @@ def refuse_mismatch(label: str, **problems: Iterable[str]) -> None:
         raise RewardModelError(f"{label}: {'; '.join(found)}; this is not the checkpoint it was written for.")
 
 
-def load_pretrained(cls: Any, source: str | Path, label: str, *, revision: str | None = None, **options: Any) -> Any:
+def load_pretrained(
+    cls: Any, source: str | Path, label: str, *, revision: str | None = None, whole: bool = False, **options: Any
+) -> Any:
     """``cls.from_pretrained`` that raises :class:`RewardModelError`, also where transformers would only warn.
 
-    Weights that belong to other parts of the checkpoint are not an error; weights that are missing are.
+    Weights that are missing are an error. Weights that belong to other parts of the checkpoint are one when ``whole``.
     """
     is_model = hasattr(cls, "base_model_prefix")
     if revision is not None:
@@ -176,7 +200,12 @@ def load_pretrained(cls: Any, source: str | Path, label: str, *, revision: str |
     if not is_model:
         return loaded
     model, info = loaded
-    refuse_mismatch(label, missing=info["missing_keys"], misshapen=[key for key, *_ in info["mismatched_keys"]])
+    refuse_mismatch(
+        label,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"] if whole else (),
+        misshapen=[key for key, *_ in info["mismatched_keys"]],
+    )
     return model.eval().requires_grad_(False)
 
 

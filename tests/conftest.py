@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, and no limit on the time that one may take: a busy machine is not a failure.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
 
 MARKERS = {
     "slow": "takes more than a few seconds; run by `make slow`",
@@ -41,6 +54,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _start_afresh() -> None:
+    """Nothing that an earlier test left in this process: neither random numbers nor accelerate's one precision."""
     torch.manual_seed(0)
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    _start_afresh()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
+    """What several tests share is made before `_fresh` runs, and must not depend on which of them comes first."""
+    if fixturedef.scope != "function":
+        _start_afresh()

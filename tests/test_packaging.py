@@ -112,7 +112,7 @@ def _fake(folder: Path, name: str, version: str, *, requires: str = "", code: st
 
 def _python(arguments: list[str], path: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
 BROKEN = {

@@ -33,7 +33,9 @@ def test_it_writes_everything_it_promises(finished):
     for score in report["scores"].values():
         assert score["difference"]["n"] == 5
     assert len(report["next_commands"]) == 3
-    assert str(folder.parent.parent) not in (folder / "run" / "final" / "README.md").read_text()
+    assert 0.2 < report["peak_memory_gib"] < 6
+    card = (folder / "run" / "final" / "README.md").read_text()
+    assert str(folder.parent.parent) not in card and "license: apache-2.0" in card
 
 
 def test_the_table_has_the_final_schema(finished):
@@ -59,6 +61,7 @@ def test_running_it_again_continues_and_other_settings_are_refused(finished, tmp
 def test_dpo_improves_held_out_captions(tmp_path):
     """One seed at the quickstart's own size. Significance over seeds is the study's matter (`make study-dpo`)."""
     report = run(tmp_path / "out")
+    assert report["peak_memory_gib"] < 6
     strict = report["scores"]["shapes-strict"]["difference"]
     assert strict["n"] >= 400
     assert strict["ci95"][0] > 0, strict

@@ -56,7 +56,7 @@ def _common(
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("diffalign").setLevel(logging.DEBUG if debug else logging.NOTSET)
-    for chatty in ("httpx", "matplotlib", "PIL"):
+    for chatty in ("accelerate", "httpx", "matplotlib", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

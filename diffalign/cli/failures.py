@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-
 from ..environment import broken_pair_message, is_torch_pair_error
-from ..errors import DiffalignError
-
-# torch's and safetensors' writers report a full disk in words, not as an OSError.
-_FULL_DISK_WORDS = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "PytorchStreamWriter failed writing",
-    "inline_container.cc",  # torch.save: "[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"
-)
+from ..errors import DiffalignError, is_disk_full
 
 
 def one_line(error: BaseException) -> str | None:
@@ -36,14 +26,3 @@ def one_line(error: BaseException) -> str | None:
             "factor (the training stays the same), or set gradient_checkpointing=true or mixed_precision=bf16."
         )
     return None
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, is a full disk or an exhausted quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _FULL_DISK_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -73,6 +73,7 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
 
     check_installed(config)
     check_torch_pair()
+    from ..data.files import write_whole
     from ..pipelines import load_pipeline
 
     trainer_type = trainer_class(job.method)
@@ -87,7 +88,6 @@ def run_job(job: Job, config: TrainingConfig) -> tuple[Path, dict[str, Any] | No
     pipeline = load_pipeline(job.model, revision=job.model_revision, variant=job.model_variant, config=job.model_config)
     trainer = trainer_type(pipeline, config, train_dataset=dataset, base_model=job.model)
     if trainer.accelerator.is_main_process:
-        trainer.output_dir.mkdir(parents=True, exist_ok=True)
-        (trainer.output_dir / "config.yaml").write_text(dump(job, config), encoding="utf-8")
+        write_whole(trainer.output_dir / "config.yaml", dump(job, config))
     report = trainer.train()
     return trainer.output_dir / "final", report if trainer.accelerator.is_main_process else None

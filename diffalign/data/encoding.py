@@ -179,7 +179,7 @@ def fill_prompts(
     if share.index == 0 and not names:
         cache.put(_as_entries(UNCONDITIONAL, adapter.unconditional()))
     texts = {key: extra[key] if key in extra else dataset.prompt(first_row[key]) for key in missing}
-    _warn_of_cut_prompts(adapter, texts.values() if share.index == 0 else ())
+    warn_of_cut_prompts(adapter, texts.values() if share.index == 0 else ())
     for chunk in share.chunks(wanted, config.encode_batch_size, "Encoding prompts"):
         if not any(key in texts for key in chunk):
             continue
@@ -196,7 +196,7 @@ def _as_entries(key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{key}.{name}": as_exact_half(tensor[0]) for name, tensor in tensors.items()}
 
 
-def _warn_of_cut_prompts(adapter: PipelineAdapter, prompts: Iterable[str]) -> None:
+def warn_of_cut_prompts(adapter: PipelineAdapter, prompts: Iterable[str]) -> None:
     """Say once how many prompts are longer than the text encoder reads."""
     tokenizer, limit = adapter.prompt_reader
     if tokenizer is None:

@@ -40,6 +40,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by :func:`atomic_file`, in UTF-8."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 def remove_stale(folder: Path) -> list[str]:
     """Remove what killed processes of this machine left half-written.
 

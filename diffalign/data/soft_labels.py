@@ -41,7 +41,8 @@ def soften(
         score: reward model whose scores decide.
         score_range: (R_min, R_max) of that score over the data set; see ``PreferenceDataset.score_range``.
         contradiction: what a pair gets whose label's loser has the higher score: ``follow_scores`` p below 1/2, which
-            trains it reversed; ``undecided`` p = 1/2, which trains nothing; ``drop`` leaves it out.
+            trains it reversed; ``undecided`` p = 1/2, which trains nothing; ``drop`` leaves it out. A tie that was
+            kept (``ties=soft``) has no label: scores decide it, whichever way they point.
 
     Returns:
         The pairs, and counts: `score_missing` (left out), `contradictions`.
@@ -69,7 +70,7 @@ def soften(
             counts["score_missing"] += 1
             continue
         probability = float(soft_probability(torch.tensor([winner - loser], dtype=torch.float64), high - low))
-        if winner < loser:
+        if winner < loser and example.probability != 0.5:  # a tie that was kept has no label to contradict
             counts["contradictions"] += 1
             if contradiction == "drop":
                 continue

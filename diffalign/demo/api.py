@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..errors import ConfigError
 from ..evaluation.ratings import duels, rate_models
 from ..evaluation.statistics import Interval
 from .engine import Ask, Picture
@@ -31,12 +32,12 @@ def register(demo: Demo) -> None:
         models: list[str],
         seeds: list[int],
         request: gr.Request,
-        steps: int = 12,
-        guidance: float = 3.0,
+        steps: int = demo.steps,
+        guidance: float = demo.guidance,
         size: int | None = None,
     ) -> list[dict]:
         """Draw every prompt with every seed by every model: model, prompt, seed, url and scores of each picture."""
-        ask = Ask(tuple(prompts), tuple(seeds), tuple(models), steps, guidance, size)
+        ask = Ask(_list(prompts), _list(seeds), _list(models), steps, guidance, size)
         parts = engine.compare(ask, engine.sessions[request.session_hash])
         return [_picture(picture) for part in parts for picture in part]
 
@@ -45,12 +46,12 @@ def register(demo: Demo) -> None:
         prompts: list[str],
         models: list[str],
         request: gr.Request,
-        steps: int = 12,
-        guidance: float = 3.0,
+        steps: int = demo.steps,
+        guidance: float = demo.guidance,
         size: int | None = None,
     ) -> dict:
         """A blind pair: its id, prompt, and the urls of the left and the right picture."""
-        ask = Ask(tuple(prompts), (0,), tuple(models), steps, guidance, size)
+        ask = Ask(_list(prompts), (0,), _list(models), steps, guidance, size)
         ballot = draw_ballot(engine, ask, engine.sessions[request.session_hash])
         left, right = (url_of(picture.path) for picture in ballot.pictures)
         return {"id": ballot.id, "prompt": ballot.ask.prompts[0], "left": left, "right": right}
@@ -81,6 +82,12 @@ def register(demo: Demo) -> None:
         gr.api(fn, concurrency_limit=8)
     for fn in (compare, pair):
         gr.api(fn, concurrency_id="drawing", concurrency_limit=1)
+
+
+def _list(items: Any) -> tuple[Any, ...]:
+    if not isinstance(items, list):  # a text would be taken for a list of its letters
+        raise ConfigError(f"Expected a list of prompts, of models and of seeds, got {items!r:.60}.")
+    return tuple(items)
 
 
 def _picture(picture: Picture) -> dict[str, Any]:

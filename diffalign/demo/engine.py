@@ -10,24 +10,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
-from reward_models import RewardModel, load_reward_model
+from reward_models import RewardModel, RewardModelError, load_reward_model
 
 from ..data.files import atomic_file
 from ..errors import ConfigError
 from ..pipelines import adapter_for
-from ..synthesis.sampling import generate_images
+from ..synthesis.sampling import NOT_FINITE, UNSAFE, generate_images
 from .models import ModelPool, ModelSpec, unique_labels
 from .session import Session, Sessions, Worker
 
 MAX_PICTURES = 2000  # files kept; the oldest go first
 MAX_AGE_SECONDS = 24 * 3600  # of pictures that an earlier server left
 Progress = Callable[[float, str], None]
+_PROBLEMS = {NOT_FINITE: "not finite; start the demo with another --dtype", UNSAFE: UNSAFE}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Limits:
 
     Args:
         models, prompts, seeds: how many.
+        all_models: to choose from.
         pictures: prompts x seeds x models.
         steps: sampling steps.
         guidance: guidance scale.
@@ -55,6 +58,12 @@ class Limits:
     prompt_chars: int = 1000
     batch: int = 4
     waiting: int = 32
+    all_models: int = 16
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not getattr(self, item.name) > 0:
+                raise ConfigError(f"the limit {item.name} must be above 0, got {getattr(self, item.name)}.")
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class Ask:
     guidance: float = 3.0
     side: int | None = None
 
-    def check(self, limits: Limits, known: Sequence[str], *, fewest: int = 1) -> None:
+    def check(self, limits: Limits, known: Sequence[str]) -> None:
         """Refuse what is impossible or too much.
 
         Raises:
@@ -85,6 +94,7 @@ class Ask:
         """
         if not self.prompts:
             raise ConfigError("Expected a prompt, got none: type one, or pick an example.")
+        self._check_kinds()
         for prompt in self.prompts:
             if len(prompt) > limits.prompt_chars:
                 raise ConfigError(
@@ -92,9 +102,8 @@ class Ask:
                 )
         counts = {"prompts": self.prompts, "seeds": self.seeds, "models": self.models}
         for name, items in counts.items():
-            lowest, most = fewest if name == "models" else 1, getattr(limits, name)
-            if not lowest <= len(items) <= most:
-                raise ConfigError(f"Expected {lowest} to {most} {name}, got {len(items)}.")
+            if not 1 <= len(items) <= (most := getattr(limits, name)):
+                raise ConfigError(f"Expected 1 to {most} {name}, got {len(items)}.")
             if len(set(items)) < len(items):
                 raise ConfigError(f"Each of the {name} may come once; remove the repeated one.")
         for model in self.models:
@@ -114,6 +123,23 @@ class Ask:
         if self.side is not None and (self.side % 8 or not 8 <= self.side <= limits.side):
             raise ConfigError(f"Expected a size of 8 to {limits.side} pixels in steps of 8, got {self.side}.")
 
+    def _check_kinds(self) -> None:
+        """Programs may send anything."""
+        for prompt in self.prompts:
+            if not isinstance(prompt, str):
+                raise ConfigError(f"Expected prompts as texts, got {prompt!r}.")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"This prompt holds half a character (a lone surrogate): {prompt!r:.60}.") from None
+        numbers = {"seeds": self.seeds, "steps": (self.steps,), "a size": () if self.side is None else (self.side,)}
+        for name, values in numbers.items():
+            for value in values:
+                if type(value) is not int:
+                    raise ConfigError(f"Expected {name} as whole numbers, got {value!r}.")
+        if type(self.guidance) not in (int, float):
+            raise ConfigError(f"Expected a guidance as a number, got {self.guidance!r}.")
+
     @property
     def cells(self) -> list[tuple[str, int]]:
         """(prompt, seed), seeds running fastest."""
@@ -128,18 +154,20 @@ class Picture:
         model: label.
         prompt, seed: what it was drawn from.
         path: PNG file, named by its content.
+        size: width and height in pixels.
         scores: by reward model; NaN where missing.
         scheduler: class of the sampler.
-        seconds: drawing and scoring; 0 when it was known already.
+        problem: why it is no picture to judge; empty when it is one.
     """
 
     model: str
     prompt: str
     seed: int
     path: Path
+    size: tuple[int, int] = (0, 0)
     scores: dict[str, float] = field(default_factory=dict)
     scheduler: str = ""
-    seconds: float = 0.0
+    problem: str = ""
 
 
 class Engine:
@@ -148,7 +176,7 @@ class Engine:
     Args:
         folder: the server's own folder; pictures go to ``pictures/`` in it.
         models: what can be compared; the first is the base of the tables.
-        scorers: names of reward models (:func:`reward_models.load_reward_model`).
+        scorers: names of reward models (:func:`reward_models.load_reward_model`), or scoring functions.
         pool: loaded pipelines.
         limits: of one request.
         keep_pictures: files kept.
@@ -159,7 +187,7 @@ class Engine:
         folder: str | Path,
         models: Sequence[ModelSpec],
         *,
-        scorers: Sequence[str] = ("shapes-strict", "shapes"),
+        scorers: Sequence[str | Callable[..., Any]] = ("shapes-strict", "shapes"),
         pool: ModelPool | None = None,
         limits: Limits | None = None,
         keep_pictures: int = MAX_PICTURES,
@@ -169,12 +197,12 @@ class Engine:
         self.pictures = Path(folder).resolve() / "pictures"
         self.pictures.mkdir(parents=True, exist_ok=True)
         self.pool = pool or ModelPool()
-        self.scorers: list[RewardModel] = [load_reward_model(name, device=self.pool.device) for name in scorers]
+        self.scorers = [_scorer(name, self.pool.device) for name in scorers]
         self.limits, self.keep_pictures = limits or Limits(), keep_pictures
         self.sessions, self.worker = Sessions(), Worker()
         self._known: OrderedDict[tuple[Any, ...], Picture] = OrderedDict()
         self._files: OrderedDict[Path, None] = OrderedDict()
-        self._files_lock = threading.Lock()
+        self._lock = threading.Lock()  # of models, known pictures and files
         _remove_old(self.pictures)
 
     @property
@@ -184,14 +212,19 @@ class Engine:
 
     def add(self, spec: ModelSpec) -> None:
         """One more model; its weights are loaded when they are first asked for."""
-        unique_labels([*self.specs.values(), spec])
-        self.specs = {**self.specs, spec.label: spec}
+        with self._lock:  # two people may add at once
+            if len(self.specs) >= self.limits.all_models:
+                raise ConfigError(f"There are {len(self.specs)} models already; restart the demo with those you need.")
+            unique_labels([*self.specs.values(), spec])
+            self.specs = {**self.specs, spec.label: spec}
 
     def warm_up(self) -> None:
-        """Load the first model and draw one step, so that the first person does not wait for it."""
+        """Load the first model and the scorers and use them once, so that the first person does not wait for it."""
         spec = next(iter(self.specs.values()))
-        with self.worker.turn(Session("warm-up")), self.pool.ready(spec) as pipeline:
-            generate_images(pipeline, ["a red circle"], [0], steps=1, guidance=3.0)
+        with self.worker.turn(lambda: None), self.pool.ready(spec) as pipeline:
+            images = generate_images(pipeline, ["a red circle"], [0], steps=1, guidance=3.0)
+            for scorer in self.scorers:
+                scorer.score(images, ["a red circle"])
 
     def compare(
         self,
@@ -217,13 +250,14 @@ class Engine:
             The pictures that are new, in the order of ``ask.models`` within some cells.
 
         Raises:
-            ConfigError, CheckpointError: the request is refused, or a model does not load.
+            ConfigError, CheckpointError: the request is refused, a model does not load, or draws another size.
             StoppedError: the session was stopped.
+            RewardModelError: a score cannot be had.
         """
         specs = self.specs if specs is None else specs
         ask.check(self.limits, list(specs))
-        session.begin()
-        total, done = len(ask.cells) * len(ask.models), 0
+        check = session.begin()
+        total, done, first = len(ask.cells) * len(ask.models), 0, None
         for start in range(0, len(ask.cells), self.limits.batch):
             cells = ask.cells[start : start + self.limits.batch]
             for label in ask.models:
@@ -232,7 +266,9 @@ class Engine:
                 def step(share: float, label: str = label, began: tuple[int, int] = began) -> None:
                     progress((began[0] + share * began[1]) / total, f"{label}: picture {began[0] + 1} of {total}")
 
-                pictures = self._draw(specs[label], cells, ask, session, step)
+                pictures = self._draw(specs[label], cells, ask, check, step)
+                first = first or pictures[0]
+                _refuse_other_size(first, pictures[0])
                 for picture in pictures if tally else ():
                     cell = (picture.prompt, picture.seed, ask.steps, ask.guidance, ask.side)
                     session.tally.add(cell, picture.prompt, label, picture.scores)
@@ -244,7 +280,7 @@ class Engine:
         spec: ModelSpec,
         cells: Sequence[tuple[str, int]],
         ask: Ask,
-        session: Session,
+        check: Callable[[], None],
         step: Callable[[float], None],
     ) -> list[Picture]:
         settings = (spec, ask.steps, ask.guidance, ask.side)
@@ -252,10 +288,10 @@ class Engine:
         missing = [cell for cell, picture in found.items() if picture is None]
         if missing:
             step(0.0)
-            with self.worker.turn(session):
-                for picture in self._draw_new(spec, missing, ask, session, step):
+            with self.worker.turn(check):
+                for picture in self._draw_new(spec, missing, ask, check, step):
                     found[picture.prompt, picture.seed] = picture
-                    self._remember((*settings, picture.prompt, picture.seed), replace(picture, seconds=0.0))
+                    self._remember((*settings, picture.prompt, picture.seed), picture)
         return [picture for picture in found.values() if picture is not None]
 
     def _draw_new(
@@ -263,14 +299,13 @@ class Engine:
         spec: ModelSpec,
         cells: Sequence[tuple[str, int]],
         ask: Ask,
-        session: Session,
+        check: Callable[[], None],
         step: Callable[[float], None],
     ) -> list[Picture]:
-        began = time.perf_counter()
         prompts, seeds = [prompt for prompt, _ in cells], [seed for _, seed in cells]
         with self.pool.ready(spec) as pipeline:
             scheduler = type(pipeline.scheduler).__name__
-            with watched(adapter_for(pipeline).denoiser, ask.steps, session.check, step):
+            with watched(adapter_for(pipeline).denoiser, ask.steps, check, step):
                 images = generate_images(
                     pipeline,
                     prompts,
@@ -282,28 +317,25 @@ class Engine:
                     width=ask.side,
                 )
         values = {scorer.name: scorer.score(images, prompts).tolist() for scorer in self.scorers}
-        seconds = (time.perf_counter() - began) / len(cells)
-        return [
-            Picture(
-                spec.label,
-                prompt,
-                seed,
-                self._save(image),
-                {name: scores[i] for name, scores in values.items()},
-                scheduler,
-                seconds,
-            )
-            for i, ((prompt, seed), image) in enumerate(zip(cells, images, strict=True))
-        ]
+        pictures = []
+        for i, ((prompt, seed), image) in enumerate(zip(cells, images, strict=True)):
+            problem = next((words for mark, words in _PROBLEMS.items() if image.info.get(mark)), "")
+            scores = {name: math.nan if problem else found[i] for name, found in values.items()}
+            path = self.save(_png(image))
+            pictures.append(Picture(spec.label, prompt, seed, path, image.size, scores, scheduler, problem))
+        return pictures
 
-    def _save(self, image: Any) -> Path:
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        data = buffer.getvalue()
+    def save(self, data: bytes) -> Path:
+        """Put a PNG into the folder that is served; of all such files the newest are kept."""
         path = self.pictures / f"{hashlib.blake2b(data, digest_size=16).hexdigest()}.png"
         if not path.exists():
             with atomic_file(path) as file:
                 file.write(data)
+        with self._lock:
+            self._files[path] = None
+            self._files.move_to_end(path)
+            while len(self._files) > self.keep_pictures:
+                self._files.popitem(last=False)[0].unlink(missing_ok=True)
         return path
 
     def _at_hand(self, key: tuple[Any, ...]) -> Picture | None:
@@ -311,15 +343,24 @@ class Engine:
         return picture if picture is not None and picture.path.exists() else None
 
     def _remember(self, key: tuple[Any, ...], picture: Picture) -> None:
-        """Keep the newest pictures, in memory and on the disk."""
-        with self._files_lock:
+        with self._lock:
             self._known[key] = picture
-            self._files[picture.path] = None
-            self._files.move_to_end(picture.path)
             while len(self._known) > self.keep_pictures:
                 self._known.popitem(last=False)
-            while len(self._files) > self.keep_pictures:
-                self._files.popitem(last=False)[0].unlink(missing_ok=True)
+
+
+def _scorer(name: str | Callable[..., Any], device: str) -> RewardModel:
+    model = load_reward_model(name, device=device)
+    if not isinstance(model, RewardModel):
+        raise RewardModelError(f"{name} compares pairs and cannot score single pictures; leave it out.")
+    return model
+
+
+def _refuse_other_size(first: Picture, other: Picture) -> None:
+    """Noise of another size is other noise, so the two pictures would not be comparable."""
+    if first.size != other.size:
+        one, two = (f"{picture.model} draws {picture.size[0]} x {picture.size[1]}" for picture in (first, other))
+        raise ConfigError(f"{one} pixels and {two}; give one size for all of them.")
 
 
 @contextmanager
@@ -343,6 +384,12 @@ def watched(
         yield
     finally:
         handle.remove()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def limits_from(values: dict[str, Any]) -> Limits:

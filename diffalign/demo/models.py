@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ConfigError
 from ..evaluation.checkpoint import WEIGHTS_FILE, checkpoint_loaded, is_checkpoint
 from ..evaluation.lora import find_weights, lora_loaded
+from ..evaluation.models import is_hub_id
+from ..evaluation.roles import read_yaml
 from ..pipelines import load_pipeline
+from ..pipelines.load import EMBEDDED
+from ..shapes import pipeline_folder
 
 NEGATIVE = "npo:"
 _LABEL = re.compile(r"([^=/\\]{1,40})=(.+)")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+KEPT_LORAS = 4  # loaded in a base at once
 _HASHED_BYTES = 2**20  # of the end of a weights file; training changes every matrix, so any part of it tells
 
 
@@ -67,20 +71,22 @@ def parse_model(text: str, base: str = "shapes") -> ModelSpec:
         ConfigError, CheckpointError: there is no such thing, or it could run code when opened.
     """
     text = text.strip()
-    match = _LABEL.fullmatch(text)
+    match = None if Path(text).expanduser().exists() else _LABEL.fullmatch(text)  # folders may have = in their names
     label, name = (match[1].strip(), match[2].strip()) if match else ("", text)
     negative = name.startswith(NEGATIVE)
     name = name.removeprefix(NEGATIVE)
     if not name:
         raise ConfigError("expected a model: shapes, a hub id, or the path of a pipeline, a LoRA or a training run.")
-    path = Path(name)
+    path = Path(name).expanduser()
     label = label or (NEGATIVE if negative else "") + _short(path)
+    if name == EMBEDDED and not negative:  # whatever lies under that name in the working folder
+        return ModelSpec(label, "pipeline", name, name, _fingerprint(pipeline_folder()))
     if not path.exists():
-        if negative or name.startswith((".", "/", "~")):
+        if negative or not is_hub_id(name):
             raise CheckpointError(f"there is no file or folder {name}; check the path.")
         return ModelSpec(label, "pipeline", name, name)
     if negative:  # negative_guidance reads runs, LoRAs, pipelines and its own exports, and refuses the rest
-        return ModelSpec(label, "negative", str(path), _base_of(path) or base, _fingerprint(path))
+        return ModelSpec(label, "negative", str(path), base_of(path) or base, _fingerprint(path))
     if is_checkpoint(path):
         kind, weights = "checkpoint", path
     elif path.suffix == ".safetensors" and not _is_lora(path):
@@ -93,7 +99,39 @@ def parse_model(text: str, base: str = "shapes") -> ModelSpec:
     if kind == "pipeline":
         _refuse_pickles(weights)
         return ModelSpec(label, "pipeline", str(weights), str(weights), revision)
-    return ModelSpec(label, "lora" if kind == "lora" else "checkpoint", str(weights), _base_of(path) or base, revision)
+    return ModelSpec(label, "lora" if kind == "lora" else "checkpoint", str(weights), base_of(path) or base, revision)
+
+
+class _Loras:
+    """LoRAs of one loaded pipeline. They stay loaded, all switched off: finding every layer again takes seconds."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self._names: dict[tuple[str, str | None], str] = {}
+        self._loaded = ExitStack()
+
+    @contextmanager
+    def on(self, spec: ModelSpec) -> Iterator[None]:
+        """The LoRA acts inside the block, and no other."""
+        key = spec.source, spec.revision
+        try:
+            if key not in self._names:
+                if len(self._names) >= KEPT_LORAS:
+                    self.clear()
+                name = f"compared{len(self._names)}"
+                self._loaded.enter_context(lora_loaded(self.pipeline, spec.source, name))
+                self._names[key] = name
+            self.pipeline.set_adapters(self._names[key])
+            self.pipeline.enable_lora()
+            yield
+        finally:
+            if self._names:
+                self.pipeline.disable_lora()
+
+    def clear(self) -> None:
+        """Leave the pipeline as it was loaded."""
+        self._names.clear()
+        self._loaded.close()
 
 
 class ModelPool:
@@ -112,6 +150,7 @@ class ModelPool:
         self.dtype = dtype or ("fp16" if self.device.startswith("cuda") else "fp32")
         self.keep_bytes = keep_gb * 2**30
         self._loaded: OrderedDict[str, DiffusionPipeline] = OrderedDict()
+        self._loras: dict[str, _Loras] = {}
 
     @property
     def loaded(self) -> list[str]:
@@ -123,9 +162,10 @@ class ModelPool:
         if name not in self._loaded:
             loaded: Any = load_pipeline(name, dtype=self.dtype)
             self._loaded[name] = loaded.to(self.device)
+            self._loras[name] = _Loras(self._loaded[name])
         self._loaded.move_to_end(name)
         while len(self._loaded) > 1 and sum(map(_bytes, self._loaded.values())) > self.keep_bytes:
-            self._loaded.popitem(last=False)
+            self._loras.pop(self._loaded.popitem(last=False)[0])
         return self._loaded[name]
 
     @contextmanager
@@ -136,12 +176,15 @@ class ModelPool:
             ConfigError, CheckpointError: it cannot be loaded, or does not fit its base.
         """
         pipeline = self.pipeline(spec.base)
+        loras = self._loras[spec.base]
         with ExitStack() as stack:
             if spec.kind == "lora":
-                stack.enter_context(lora_loaded(pipeline, spec.source))
+                stack.enter_context(loras.on(spec))
             elif spec.kind == "checkpoint":
+                loras.clear()  # a checkpoint of all weights is copied into layers by their plain names
                 stack.enter_context(checkpoint_loaded(pipeline, spec.source))
             elif spec.kind == "negative":
+                loras.clear()
                 from ..guidance import negative_guidance
 
                 stack.enter_context(negative_guidance(pipeline, spec.source))
@@ -164,13 +207,11 @@ def _short(path: Path) -> str:
     return path.stem if path.suffix == ".safetensors" else path.name
 
 
-def _base_of(path: Path) -> str | None:
+def base_of(path: Path) -> str | None:
     """The model that the training run of these weights started from, where it says so."""
     for folder in (path, path.parent, path.parent.parent):
-        file = folder / "config.yaml"
-        if file.is_file():
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            model = settings.get("model") if isinstance(settings, dict) else None
+        if (file := folder / "config.yaml").is_file():
+            model = read_yaml(file).get("model")
             return model if isinstance(model, str) else None
     return None
 

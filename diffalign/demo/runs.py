@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,32 @@ import yaml
 
 from ..errors import ConfigError
 from ..trainers.checkpoints import list_checkpoints
-from .models import ModelSpec, parse_model
+from .models import ModelSpec, base_of, parse_model
 
+START = "start"  # the model that a run began with
 METRICS, DEPTH = "metrics.jsonl", 4  # folders below the root in which runs are looked for
 MAX_RUNS = 200
 MAX_POINTS = 400  # of a curve; longer ones are thinned by means of neighbours
 
-#: Curves of the health panel: title, what to read from it, and the metrics drawn in it.
+#: Curves of the health panel: title, what to read from it, and the metrics drawn in it (patterns of their names).
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "falls slowly; a flat one can still win", ("loss",)),
     ("Accuracy", "share of rows where the winner gained more; above 0.5 is learning", ("rewards/accuracies",)),
     ("Margin", "how much more the winner gained than the loser", ("rewards/margins",)),
     ("Error against the start", "the winner's must not rise", ("error/winner_change", "error/loser_change")),
+    ("Held-out prompts", "change against the base; the training score alone rising is hacking", ("holdout/*_change",)),
+    ("Diversity", "distance between pictures of a group; a fall is a collapse", ("group/diversity",)),
+    ("Judge", "shares of pairs with no winner, or no answer", ("reward/*/ties", "reward/*/missing")),
+    ("Clipped steps", "share of sampling steps whose gradient is cut; near 0 or near 1 is wrong", ("clip_share",)),
+    ("Distance from the start", "slow growth is learning, a jump is breaking", ("kl",)),
     ("Gradient", "spikes mean that the learning rate is too high", ("grad_norm",)),
 )
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that match a pattern, in the order of the patterns."""
+    known = list(names)
+    return [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
 
 
 @dataclass(frozen=True)
@@ -87,16 +101,21 @@ class Run:
         found = {f"step {step}": folder for step, folder in list_checkpoints(self.folder)}
         return found | ({"final": self.folder / "final"} if (self.folder / "final").is_dir() else {})
 
-    def spec(self, checkpoint: str, base: str) -> ModelSpec:
-        """A checkpoint as a model of the demo.
+    def specs(self, points: Sequence[str], base: str) -> dict[str, ModelSpec]:
+        """Checkpoints, or ``START``, as models of the demo that are called like them.
+
+        Args:
+            points: names.
+            base: what the run started from, where it does not say so itself.
 
         Raises:
             ConfigError: the run has no such checkpoint.
         """
-        known = self.checkpoints()
-        if checkpoint not in known:
-            raise ConfigError(f"{self.name} has no checkpoint {checkpoint!r}, but {', '.join(known) or 'none at all'}.")
-        return parse_model(f"{checkpoint}={known[checkpoint]}", base)
+        known: dict[str, Any] = {START: base_of(self.folder) or base, **self.checkpoints()}
+        for point in points:
+            if point not in known:
+                raise ConfigError(f"{self.name} has no checkpoint {point!r}, but {', '.join(known)}.")
+        return {point: replace(parse_model(str(known[point]), base), label=point) for point in points}
 
 
 class Runs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -39,19 +39,26 @@ class Session:
     closed: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def begin(self) -> None:
-        """A new job of this page: an earlier cancel no longer counts."""
-        if not self.closed:
-            self._stop.clear()
+    def begin(self) -> Callable[[], None]:
+        """A new job of this page. It ends the one before, which may not have noticed yet that it was cancelled.
+
+        Returns:
+            What the job calls often; it raises :class:`StoppedError` when the job is no longer wanted.
+        """
+        self._stop.set()
+        self._stop = stop = threading.Event()
+        if self.closed:
+            stop.set()
+
+        def check() -> None:
+            if stop.is_set():
+                raise StoppedError("Stopped.")
+
+        return check
 
     def stop(self) -> None:
         """End this page's job at its next denoising step."""
         self._stop.set()
-
-    def check(self) -> None:
-        """Raise when this page's job is no longer wanted."""
-        if self._stop.is_set():
-            raise StoppedError("Stopped.")
 
     def keep(self, ballot: Ballot) -> None:
         """Remember a pair until its vote."""
@@ -102,16 +109,16 @@ class Worker:
         return self._lock.locked()
 
     @contextmanager
-    def turn(self, session: Session) -> Iterator[None]:
+    def turn(self, check: Callable[[], None]) -> Iterator[None]:
         """Wait for the models and hold them inside the block.
 
-        Raises:
-            StoppedError: the session stopped while it waited.
+        Args:
+            check: raises when the job is no longer wanted (:meth:`Session.begin`); called while it waits.
         """
         while not self._lock.acquire(timeout=0.1):
-            session.check()
+            check()
         try:
-            session.check()
+            check()
             yield
         finally:
             self._lock.release()

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
-
 from ..evaluation.ratings import Duel, Rating
 from ..evaluation.statistics import Interval
 from .engine import Ask, Picture
@@ -84,9 +82,9 @@ def render_ratings(ratings: Sequence[Rating], pairs: Sequence[Duel], votes: int)
         f"Bradley-Terry ratings over {votes} {'vote' if votes == 1 else 'votes'}; the mean is 1000",
     )
     second = table(
-        ("pair", "win rate of the first [95 %]", "wins", "ties", "losses"),
+        ("pair", "win rate [95 %]", "wins", "ties", "losses"),
         [(f"{d.first} – {d.second}", _interval(d.rate), str(d.wins), str(d.ties), str(d.losses)) for d in pairs],
-        "Head to head; a tie counts half",
+        "Head to head: how often the first beat the second; a tie counts half",
     )
     return first + second
 
@@ -161,13 +159,13 @@ def _names(picture: Picture, ballot: Ballot, chosen: bool) -> str:
 
 
 def _image(picture: Picture, words: str) -> str:
-    try:
-        with Image.open(picture.path) as image:
-            small = " class='small'" if max(image.size) < _SMALL else ""
-            size = f"width='{image.width}' height='{image.height}'"
-    except OSError:
+    if not picture.path.exists():
         return "<div class='gone'>This picture is no longer kept; draw it again.</div>"
-    return f"<img src='{url_of(picture.path)}' alt='{html.escape(words, quote=True)}' {size}{small}>"
+    width, height = picture.size
+    small = " class='small'" if max(width, height) < _SMALL else ""
+    problem = f"<p class='problem'>No picture: {picture.problem}. Not scored.</p>" if picture.problem else ""
+    alt = html.escape(words, quote=True)
+    return f"<img src='{url_of(picture.path)}' alt='{alt}' width='{width}' height='{height}'{small}>{problem}"
 
 
 def _number(value: float, sign: str = "") -> str:

@@ -68,6 +68,10 @@ class Tally:
         }
         return list(found)
 
+    def models(self) -> set[str]:
+        """Labels of the models that drew any of the pictures."""
+        return {model for _, models in self._cells.values() for model in models}
+
     def standings(self, score: str, models: Sequence[str]) -> list[Standing]:
         """Each model against the first one, where both have a score.
 

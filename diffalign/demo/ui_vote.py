@@ -15,7 +15,7 @@ from ..evaluation.ratings import duels, rate_models
 from .charts import rating_chart
 from .session import StoppedError
 from .sheet import render_ballot, render_ratings
-from .ui import DRAWING, QUICK, Demo, Inputs, note, told
+from .ui import DRAWING, QUICK, Demo, Inputs, note, status, told
 from .votes import CHOICES, draw_ballot
 
 KEPT_EXPORTS = 4
@@ -34,12 +34,17 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
         "Two of the chosen models drew one of the prompts from the same noise. Their sides are shuffled and their "
         "names hidden until you vote. Each vote is a row that <code>diffalign train</code> can learn from."
     )
-    with gr.Row():
+    with gr.Row(elem_classes="actions"):
         again = gr.Button("Next pair (N)", variant="primary", elem_id="vote-next", min_width=180)
         gr.Checkbox(
-            True, label="Keys 1 2 3 4 vote, N draws the next pair", elem_id="vote-keys", min_width=220, interactive=True
+            True,
+            label="Keys 1 2 3 4 vote, N draws the next pair",
+            elem_id="vote-keys",
+            min_width=310,
+            interactive=True,
+            container=False,
         )
-    said = gr.HTML(_said("No pair yet: press Next pair."), padding=False, elem_id="vote-status")
+    said = gr.HTML(status("No pair yet: press Next pair."), padding=False, elem_id="vote-status")
     pair = gr.HTML(padding=False, elem_id="ballot", label="Pair")
     waiting = gr.State("")
     with gr.Row(elem_classes="votes"):
@@ -51,13 +56,13 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
         "What the votes say so far: Bradley-Terry strengths on the Elo scale with 95 % intervals. Intervals that "
         "overlap much mean that more votes are needed."
     )
-    mine = gr.Checkbox(False, label="Only my votes", elem_id="only-mine")
+    mine = gr.Checkbox(False, label="Only my votes", elem_id="only-mine", container=False)
     with gr.Row(elem_classes="halves"):
-        ratings = gr.HTML(padding=False, elem_id="ratings", min_width=320)
-        chart = gr.HTML(padding=False, elem_id="rating-chart", min_width=320)
+        ratings = gr.HTML(padding=False, elem_id="ratings", min_width=300)
+        chart = gr.HTML(padding=False, elem_id="rating-chart", min_width=300)
     with gr.Accordion("Download the votes", open=False, elem_id="downloads"):
         layout = gr.Radio(list(LAYOUTS), value=next(iter(LAYOUTS)), label="Columns")
-        make = gr.Button("Make the files", elem_id="export")
+        make = gr.Button("Make the files", elem_id="export", size="md")
         files = gr.File(label="Parquet files", file_count="multiple", interactive=False, elem_id="exported")
 
     def summary(only_mine: bool, voter: str) -> tuple[str, str]:
@@ -67,32 +72,26 @@ def build(demo: Demo, inputs: Inputs, voter: gr.BrowserState) -> tuple[Callable[
 
     @told
     def draw(
-        prompts: str,
-        models: list[str],
-        seed: float,
-        count: float,
-        steps: float,
-        guidance: float,
-        side: float,
+        values: dict[Any, Any],
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio passes it)
     ) -> Iterator[Any]:
         session = demo.engine.sessions[request.session_hash]
-        yield _said("Drawing a pair ..."), "", "", *_enabled(False)
+        yield status("Drawing a pair ..."), "", "", *_enabled(False)
         try:
-            ask = demo.ask(prompts, models, seed, 1, steps, guidance, side)
+            ask = inputs.ask(values | {inputs.count: 1}, demo.engine)  # the ballot draws its own seed
             ballot = draw_ballot(demo.engine, ask, session, lambda share, text: progress(share, desc=text))
         except StoppedError:
-            yield _said("Stopped."), "", "", *_enabled(False)
+            yield status("Stopped."), "", "", *_enabled(False)
             return
-        yield _said("Which one is better?"), render_ballot(ballot), ballot.id, *_enabled(True)
+        yield status("Which one is better?"), render_ballot(ballot), ballot.id, *_enabled(True)
 
     def voting(choice: str) -> Callable[..., Any]:
         @told
         def vote(ballot_id: str, voter: str, only_mine: bool, request: gr.Request) -> Any:
             session = demo.engine.sessions[request.session_hash]
             ballot = demo.votes.cast(session, ballot_id, choice, voter)
-            words = _said(f"Saved: {choice}. Press N for the next pair.")
+            words = status(f"Saved: {choice}. Press N for the next pair.")
             return words, render_ballot(ballot, choice), "", *_enabled(False), *summary(only_mine, voter)
 
         return vote
@@ -122,7 +121,3 @@ def export_votes(demo: Demo, layout: str) -> list[Path]:
 
 def _enabled(on: bool) -> list[Any]:
     return [gr.Button(interactive=on) for _ in CHOICES]
-
-
-def _said(words: str) -> str:
-    return f"<div class='status' role='status' aria-live='polite'>{words}</div>"

@@ -24,6 +24,7 @@ from ..data.pickapic import write_pickapic
 from ..data.schema import PreferenceRow, write_preferences, write_shard
 from ..errors import ConfigError, DataError
 from ..evaluation.ratings import Game
+from ..evaluation.roles import VOTE_SCORE
 from ..randomness import keyed_permutation, keyed_seed
 from ..synthesis.sampling import picture_seed
 from .engine import Ask, Engine, Picture, Progress
@@ -32,9 +33,9 @@ from .session import Session
 
 log = logging.getLogger(__name__)
 
-#: What a person can say of the left and the right picture, as shares of the vote.
+#: What a person can say of the left and the right picture, as shares of the vote. They are kept as the score
+#: ``VOTE_SCORE``, which tells "both bad" from "tie"; the preference is 0.5 each for both.
 CHOICES = {"left": (1.0, 0.0), "right": (0.0, 1.0), "tie": (0.5, 0.5), "both bad": (0.0, 0.0)}
-VOTE_SCORE = "vote"  # the score that tells "both bad" (0, 0) from "tie" (0.5, 0.5); the preference is 0.5 each for both
 _TRIES = 3  # seeds tried when two models draw the very same picture
 
 
@@ -65,11 +66,13 @@ def draw_ballot(engine: Engine, ask: Ask, session: Session, progress: Progress =
         progress: see :meth:`Engine.compare`.
 
     Raises:
-        ConfigError: the request is refused, or the models draw the same pictures.
+        ConfigError: the request is refused, the models draw the same pictures, or one of them draws none.
         StoppedError: the session was stopped.
     """
-    ask.check(engine.limits, engine.labels, fewest=2)
-    ballot_id = f"{time.time_ns():016x}-{secrets.token_hex(8)}"
+    ask.check(engine.limits, engine.labels)
+    if len(ask.models) < 2:
+        raise ConfigError("A vote is between two models; choose two or more.")
+    ballot_id = _ballot_id()
     prompt = ask.prompts[keyed_permutation(len(ask.prompts), ballot_id, "prompt")[0]]
     left, right = (ask.models[index] for index in keyed_permutation(len(ask.models), ballot_id, "models")[:2])
     for number in range(_TRIES):
@@ -77,11 +80,18 @@ def draw_ballot(engine: Engine, ask: Ask, session: Session, progress: Progress =
         one = Ask((prompt,), (seed,), (left, right), ask.steps, ask.guidance, ask.side)
         parts = engine.compare(one, session, lambda share, text: progress(share, "drawing a pair"), tally=False)
         pictures = [picture for part in parts for picture in part]
+        if problem := pictures[0].problem or pictures[1].problem:
+            raise ConfigError(f"One of the two pictures is none ({problem}), so there is nothing to choose between.")
         if pictures[0].path != pictures[1].path:
             ballot = Ballot(ballot_id, one, (engine.specs[left], engine.specs[right]), (pictures[0], pictures[1]))
             session.keep(ballot)
             return ballot
     raise ConfigError(f"{left} and {right} draw the very same pictures, so there is nothing to choose between them.")
+
+
+def _ballot_id() -> str:
+    """In order of time, and nobody's guess: whoever knew it could work out which model drew which side."""
+    return f"{time.time_ns():016x}-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True)
@@ -158,18 +168,17 @@ class VoteBook:
 
         Args:
             voter: count this person's alone.
-            models: those among the loaded models are called by their labels.
+            models: those among the loaded models are called by their labels, unless another model that was voted on
+                has that very name.
         """
+        casts = [cast for cast in self.votes() if voter is None or cast.voter == voter]
+        voted = {name for cast in casts for name in cast.models}
         labels = {_name(spec.identity, spec.revision): spec.label for spec in models}
+        labels = {name: label for name, label in labels.items() if label == name or label not in voted}
         return [
-            Game(
-                labels.get(cast.models[0], cast.models[0]),
-                labels.get(cast.models[1], cast.models[1]),
-                cast.outcome,
-                cast.prompt,
-            )
-            for cast in self.votes()
-            if voter is None or cast.voter == voter
+            Game(labels.get(first, first), labels.get(second, second), cast.outcome, cast.prompt)
+            for cast in casts
+            for first, second in [cast.models]
         ]
 
     def export(self, folder: str | Path, layout: str = "preferences") -> list[Path]:
@@ -229,6 +238,8 @@ def _read(file: Path) -> Cast | None:
         first, second = (_name(source["model"], source["revision"]) for source in row["sources"])
         shares = next(score["values"] for score in row["scores"] if score["name"] == VOTE_SCORE)
         voter = file.stem.rsplit("-", 1)[-1]
+        if first == second:
+            raise ValueError("both pictures are one model's")
         return Cast((first, second), row["preference"][0], shares == [0.0, 0.0], row["prompt"], voter)
     except (OSError, pa.ArrowException, KeyError, IndexError, ValueError, StopIteration, TypeError) as error:
         log.warning("%s is no vote of this demo and is left out of the ratings (%s)", file, error)

@@ -32,6 +32,7 @@ def draw_timestep(
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 1.0,
+    stratum: tuple[int, int] = (0, 1),
 ) -> int:
     """One timestep for one row.
 
@@ -45,6 +46,8 @@ def draw_timestep(
         density: ``uniform``, ``logit_normal`` or ``shift``; see :func:`timestep_probabilities`.
         mean, std: of ``logit_normal``; the other densities do not look at them.
         shift: of ``shift``; the other densities do not look at it.
+        stratum: (i, m) draws from the i-th (from 0) of m equally probable parts of the density, the quietest first: m
+            draws, one from each, cover all noise levels and leave less to chance than m free ones.
 
     Raises:
         ConfigError: bounds outside the schedule, no timestep between them, an unknown density or impossible parameters
@@ -60,14 +63,15 @@ def draw_timestep(
     outside = [t for t in timesteps if not min_timestep <= t <= high]
     if outside:
         raise ConfigError(f"timesteps lists {outside}, outside min_timestep..max_timestep = {min_timestep}..{high}.")
-    if density != "uniform":
+    allowed = sorted(timesteps) if stratum[1] > 1 else timesteps
+    if density != "uniform" or stratum[1] > 1:
         table = timestep_probabilities(schedule.num_timesteps, density, mean=mean, std=std, shift=shift)
-        if timesteps:
-            return int(timesteps[_weighted_draw(table[list(timesteps)], density, generator)])
-        return min_timestep + _weighted_draw(table[min_timestep : high + 1], density, generator)
-    if not timesteps:
+        if allowed:
+            return int(allowed[_weighted_draw(table[list(allowed)], density, generator, stratum)])
+        return min_timestep + _weighted_draw(table[min_timestep : high + 1], density, generator, stratum)
+    if not allowed:
         return min_timestep + int(torch.randint(high - min_timestep + 1, (), generator=generator))
-    return int(timesteps[int(torch.randint(len(timesteps), (), generator=generator))])
+    return int(allowed[int(torch.randint(len(allowed), (), generator=generator))])
 
 
 @lru_cache(maxsize=64)
@@ -114,7 +118,7 @@ def timestep_probabilities(
     return cumulative.diff()
 
 
-def _weighted_draw(weights: Tensor, density: str, generator: torch.Generator) -> int:
+def _weighted_draw(weights: Tensor, density: str, generator: torch.Generator, stratum: tuple[int, int]) -> int:
     """An index with probability proportional to its weight, from one number of the generator."""
     cumulative = weights.cumsum(0)
     mass = cumulative[-1]
@@ -123,6 +127,7 @@ def _weighted_draw(weights: Tensor, density: str, generator: torch.Generator) ->
             f"the {density} density of timesteps puts as good as nothing ({float(mass):.1e}) on those allowed. Widen "
             "min_timestep..max_timestep or timesteps, or change the density."
         )
-    place = torch.rand((), dtype=torch.float64, generator=generator) * mass
+    part, parts = stratum
+    place = (part + torch.rand((), dtype=torch.float64, generator=generator)) / parts * mass
     # rounding can carry the place onto the very end, which belongs to the last index
     return min(int(torch.searchsorted(cumulative, place, right=True)), len(weights) - 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..pipelines import adapter_for
+from .lora import remove_adapter
 
 WEIGHTS_FILE = "trainable.safetensors"  # what a training run writes into checkpoint-NNNNNN
 CONFIG_FILE = "training_config.json"
@@ -74,8 +75,7 @@ def checkpoint_loaded(
         pipe.set_adapters(adapter_name)
         yield
     finally:
-        if adapter_name in getattr(denoiser, "peft_config", {}):
-            pipe.delete_adapters(adapter_name)
+        remove_adapter(pipeline, adapter_name)
 
 
 def _copy(denoiser: nn.Module, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -134,10 +134,14 @@ def _row(report: dict[str, Any], model: dict[str, Any], scores: Sequence[str]) -
 
 
 def _with_means(rows: list[Row], scores: Sequence[str]) -> list[Row]:
-    """After the runs of a method with different training seeds, their mean with Student's interval over the runs."""
+    """After the runs of a method that differ in their training seeds alone (or in the code's commit), their mean with
+    Student's interval over the runs."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        measured = {k: v for k, v in row.conditions.items() if k != "training seed" and not k.endswith("commit")}
+        groups.setdefault((row.label, *sorted(measured.items())), []).append(row)
     result = []
-    for label in dict.fromkeys(row.label for row in rows):
-        own = [row for row in rows if row.label == label]
+    for (label, *_), own in groups.items():
         result += own
         seeds = [row.conditions.get("training seed") for row in own]
         if len(own) > 1 and None not in seeds and len(set(seeds)) == len(own):

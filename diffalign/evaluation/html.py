@@ -225,7 +225,7 @@ def _overall_row(found: Sequence[TaskComparison]) -> str:
 
 def _overall_cell(value: Interval, lower: float, missing: float) -> str:
     shown = "–" if math.isnan(value.mean) else f"<b>{value.mean:.3f}</b>"
-    return shown + (f" <small>at least {lower:.3f}</small>" if missing else "")
+    return shown + (f" <small>at least {lower:.3f}</small>" if missing and lower == lower else "")
 
 
 def _task_row(task: str, values: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -79,10 +80,20 @@ def lora_loaded(pipeline: DiffusionPipeline, file: str | Path, adapter_name: str
         pipe.set_adapters(adapter_name)
         yield
     finally:
-        if any(adapter_name in getattr(module, "peft_config", {}) for module in _modules(pipe)):
-            pipe.delete_adapters(adapter_name)
+        remove_adapter(pipeline, adapter_name)
         if before:
             pipe.set_adapters(before)
+
+
+def remove_adapter(pipeline: DiffusionPipeline, adapter_name: str) -> None:
+    """Take an adapter out. With the last one go peft's wrappers, which rename and slow down the layers inside them."""
+    pipe: Any = pipeline
+    names = {name for module in _modules(pipe) for name in getattr(module, "peft_config", {})}
+    if names - {adapter_name}:
+        if adapter_name in names:
+            pipe.delete_adapters(adapter_name)
+    elif any(isinstance(layer, BaseTunerLayer) for module in _modules(pipe) for layer in module.modules()):
+        pipe.unload_lora_weights()
 
 
 @contextmanager

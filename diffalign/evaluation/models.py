@@ -20,6 +20,7 @@ _NAME = re.compile(r"[\w.+-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OPTIONS = ("negative", "alpha", "beta")
 BASE = "base"
+_TAKEN = {BASE: "is what the base model is called"} | dict.fromkeys(("prompt", "seed"), "is a key of pairs.jsonl")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def parse_models(texts: str | Path | ModelSpec | Sequence[str | Path | ModelSpec
     models = [text if isinstance(text, ModelSpec) else _parse(str(text), single=len(given) == 1) for text in given]
     names = [model.name for model in models]
     for name in names:
-        if name == BASE or names.count(name) > 1 or not _NAME.fullmatch(name) or not name.strip("."):
-            reason = "is what the base model is called" if name == BASE else "must be a plain word, and used once"
+        if name in _TAKEN or names.count(name) > 1 or not _NAME.fullmatch(name) or not name.strip("."):
+            reason = _TAKEN.get(name, "must be a plain word, and used once")
             raise ConfigError(f"the model name {name!r} {reason}; name models as NAME=PATH.")
     return models
 
@@ -71,11 +72,11 @@ def locate(model: ModelSpec, base: str) -> tuple[str, Path | str]:
     Raises:
         CheckpointError: there is nothing that can be loaded.
     """
-    if model.negative is not None and not Path(model.negative).exists() and not _is_hub_id(model.negative):
+    if model.negative is not None and not Path(model.negative).exists() and not is_hub_id(model.negative):
         raise CheckpointError(f"the negative model {model.negative} of {model.name} does not exist; check the path.")
     if model.path == base:
         return BASE, base
-    if model.path == EMBEDDED or _is_hub_id(model.path):
+    if model.path == EMBEDDED or is_hub_id(model.path):
         return "pipeline", model.path
     return find_weights(model.path)
 
@@ -133,7 +134,7 @@ def _called(path: Path) -> str:
     return re.sub(r"[^\w.+-]", "-", path.name) or "aligned"
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
     """Whether ``a/b`` is no path: a missing run beside others is then reported as such."""
     here = Path(path).exists() or Path(path).parts[:1] in ((".",), ("..",)) or Path(path).parent.is_dir()
     return bool(_HUB_ID.fullmatch(path)) and not here

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..errors import DataError
+from ..data.files import atomic_file
 from ..pipelines import adapter_for
 from ..pipelines.identity import add_weights
 from ..synthesis.sampling import iterate_images
@@ -158,13 +157,5 @@ def _is_drawn(file: Path, header: str) -> bool:
 def _save(image: Image.Image, file: Path, header: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(_HEADER, header)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(file)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {file}: {error.strerror or error}; free space or choose another folder."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(file) as stream:
+        image.save(stream, format="PNG", pnginfo=info)

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from ..errors import ConfigError, DataError
 from ..shapes import parse
 
+RELATIONS = ("left of", "right of", "above", "below")  # positions in GenEval's entries
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -70,6 +72,8 @@ def load_prompt_set(name: str, path: Path) -> list[Entry]:
         raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+    except csv.Error as error:
+        raise DataError(f"cannot read {path} as a table: {error}.") from error
 
 
 def collect(name: str, entries: Sequence[Entry], limit: int | None) -> PromptSet:
@@ -150,7 +154,20 @@ def _geneval(path: Path) -> Iterator[Entry]:
         item = read_json(line, where)
         if not isinstance(item, dict) or not isinstance(item.get("include"), list) or "tag" not in item:
             raise DataError(f"{where}: expected an object with tag, include and prompt, got {line[:60]!r}.")
+        _check_parts(item, where)
         yield Entry(_text(item.get("prompt"), where), str(item["tag"]), item)
+
+
+def _check_parts(item: dict[str, Any], where: str) -> None:
+    """What a grader will ask of an entry, while no picture is drawn yet."""
+    for part in (*item["include"], *item.get("exclude", [])):
+        if not isinstance(part, dict) or not isinstance(part.get("class"), str) or type(part.get("count")) is not int:
+            raise DataError(f"{where}: expected parts with class and count, got {part!r}.")
+    for number, part in enumerate(item["include"]):
+        if (position := part.get("position")) is None:
+            continue
+        if position not in [[relation, earlier] for relation in RELATIONS for earlier in range(number)]:
+            raise DataError(f"{where}: expected a position [relation, number of an earlier part], got {position!r}.")
 
 
 def _dpg(path: Path) -> Iterator[Entry]:

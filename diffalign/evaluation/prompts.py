@@ -39,7 +39,10 @@ def read_prompt_set(source: str | Path | Sequence[str], *, limit: int | None = N
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of prompts must be at least 1, got {limit}.")
     if isinstance(source, str) and source in BUILT_IN:
-        captions = sample_captions(limit or BUILT_IN_COUNT, _BUILT_IN_SEED, held_out=BUILT_IN[source])
+        try:
+            captions = sample_captions(limit or BUILT_IN_COUNT, _BUILT_IN_SEED, held_out=BUILT_IN[source])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         return collect(source, [Entry(text, shapes_task(text)) for text in captions], None)
     where = "the list of prompts"
     name, colon, path = source.partition(":") if isinstance(source, str) else ("", "", "")

@@ -16,7 +16,7 @@ from scipy import stats
 from scipy.sparse.csgraph import connected_components
 
 from ..errors import DataError
-from .statistics import Interval, cluster_ids
+from .statistics import Interval, cluster_ids, wilson
 
 ELO_POINTS = 400 / math.log(10)  # per unit of log odds: 400 points are odds of 10 to 1
 ELO_MEAN = 1000.0
@@ -100,7 +100,7 @@ def rate_models(games: Sequence[Game], *, confidence: float = 0.95) -> list[Rati
         wins[number[game.first], number[game.second]] += game.outcome
         wins[number[game.second], number[game.first]] += 1 - game.outcome
     count, group = connected_components(wins + wins.T, directed=False)
-    largest = np.flatnonzero(group == np.bincount(group, minlength=count).argmax())
+    largest = np.flatnonzero(group == np.bincount(group, wins.sum(1), count).argmax())  # by votes
     strength, reach = np.full(len(names), math.nan), np.full(len(names), math.nan)
     rated = [names[index] for index in largest]
     within = [game for game in games if game.first in rated]
@@ -131,9 +131,7 @@ def duels(games: Sequence[Game], *, confidence: float = 0.95) -> list[Duel]:
 
 
 def win_rate(outcomes: Sequence[float], clusters: Sequence[Hashable], *, confidence: float = 0.95) -> Interval:
-    """Share of wins with Wilson's interval (1927), as wide as if each cluster were one vote.
-
-    A bootstrap of five wins in five games has no width at all; this one says [0.57, 1].
+    """Share of wins with Wilson's interval, as wide as if each cluster were one vote.
 
     Args:
         outcomes: 1, 0.5 or 0 each.
@@ -142,11 +140,7 @@ def win_rate(outcomes: Sequence[float], clusters: Sequence[Hashable], *, confide
     """
     if not len(outcomes):
         return Interval(math.nan, math.nan, math.nan)
-    share, n = float(np.mean(outcomes)), len(set(clusters))
-    z2 = float(stats.norm.ppf((1 + confidence) / 2)) ** 2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
+    return wilson(float(np.mean(outcomes)), len(set(clusters)), confidence)
 
 
 def _fit(wins: Matrix, games: Sequence[Game], names: list[str], confidence: float) -> tuple[Matrix, Matrix]:

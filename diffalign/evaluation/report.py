@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..data.files import atomic_file
 from ..environment import code_commit, installed
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from .compare import Comparison
 from .grid import picture_grid
 from .models import ModelSpec
@@ -103,18 +104,13 @@ def write_evaluation(
     grid = picture_grid(first, random_pairs(first, GRID_PAIRS), primary)
     html = render_html(results, report, primary)
     lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pair_records(results))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "pairs.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
-        _write(folder / "grid.png", lambda path: grid.save(path, format="PNG"))
-        _write(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write(folder / "report.json", lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"cannot write the report to {folder}: {reason}; free space or choose another folder."
-        ) from error
+    picture = io.BytesIO()
+    grid.save(picture, format="PNG")
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    files = {"pairs.jsonl": lines.encode(), "grid.png": picture.getvalue(), "report.html": html.encode()}
+    for name, content in (files | {"report.json": text.encode()}).items():  # last: where it is, the work is done
+        with atomic_file(folder / name) as file:
+            file.write(content)
     return report
 
 
@@ -210,12 +206,3 @@ def _score(result: ModelResult, name: str) -> dict[str, Any]:
 def _plain(entry: dict[str, Any]) -> dict[str, Any]:
     """A measure is neither better nor worse: it has no win rate."""
     return {key: entry[key] for key in ("base", "aligned", "difference")}
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -26,6 +26,8 @@ MEANING = {
     UNKNOWN: "training is not recorded",
 }
 
+VOTE_SCORE = "vote"  # in tables of people's votes; the other scores there are notes, and decided nothing
+
 #: Scores that are one judge in two forms.
 FAMILIES = ({"shapes", "shapes-strict"},)
 
@@ -51,7 +53,7 @@ def read_training(path: str | Path) -> Training:
     """Read the run that made the weights at ``path``: the folder of a run, its ``final``, or a file in that."""
     place = Path(path)
     for folder in (place, place.parent, place.parent.parent) if place.exists() else ():
-        report, config = _json(folder / "training_report.json"), _yaml(folder / "config.yaml")
+        report, config = _json(folder / "training_report.json"), read_yaml(folder / "config.yaml")
         if not report and "method" not in config:
             continue
         settings = _json(folder / "training_config.json")
@@ -94,14 +96,18 @@ def _scores_of(folder: Path) -> tuple[str, ...] | None:
         return None
     names = tuple(_json(folder / SCORE_RANGES))
     if names:
-        return names
+        return _deciding(names)
     try:
         cells = next(iter(open_table(folder, split="train", revision=None).outlines()))
         images = cells.get("images")
         count = images if isinstance(images, int) else len(images or [])
-        return tuple(read_scores(cells.get("scores"), count, "row 0")) or None
+        return _deciding(tuple(read_scores(cells.get("scores"), count, "row 0"))) or None
     except (DataError, StopIteration):
         return None
+
+
+def _deciding(names: tuple[str, ...]) -> tuple[str, ...]:
+    return (VOTE_SCORE,) if VOTE_SCORE in names else names
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -112,7 +118,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file; empty where there is none, or the file holds something else."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def evaluate(
         output / "scores",
     )
     scales = [guidance] if isinstance(guidance, (int, float)) else list(guidance)
-    if not scales or len(set(scales)) < len(scales):
+    if not scales or len(set(scales)) < len(scales) or not all(math.isfinite(scale) for scale in scales):
         raise ConfigError(f"expected one or more different guidance scales, got {scales}.")
     sampling = SamplingSettings(steps, scales[0], batch_size, height, width)
     dtype = dtype or ("fp16" if device.startswith("cuda") else "fp32")

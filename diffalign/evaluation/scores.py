@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from reward_models import PairwiseRewardModel, RewardModel
 
+from ..data.files import atomic_file
 from .pictures import Picture
 
 _SAVE_EVERY = 20.0  # seconds
@@ -65,13 +65,8 @@ class ScoreStore:
     def _save(self) -> None:
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps({"identity": self.identity, "values": self.values}), encoding="utf-8")
-            temporary.replace(self.file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(self.file) as file:
+            file.write(json.dumps({"identity": self.identity, "values": self.values}).encode())
 
 
 def score_pictures(

@@ -15,6 +15,7 @@ from ..errors import DataError
 
 _RESAMPLES = 10_000
 _CELLS = 4_000_000  # counts held in memory at once while resampling
+FEWEST = 6  # units that are resampled; of fewer, resamples hold too few different means to reach 95 % of anything
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def compare_paired(
         base=float(first.mean()) if n else math.nan,
         aligned=float(second.mean()) if n else math.nan,
         difference=bootstrap_mean(second - first, clusters, confidence=confidence, seed=seed),
-        win_rate=bootstrap_mean((outcome + 1) / 2, clusters, confidence=confidence, seed=seed),
+        win_rate=_share((outcome + 1) / 2, clusters, confidence, seed),
         wins=share(1),
         ties=share(0),
         losses=share(-1),
@@ -111,6 +112,23 @@ def compare_paired(
         missing=int((~kept).sum()),
         prompts=int(clusters.max()) + 1 if n else 0,
     )
+
+
+def _share(outcomes: NDArray[np.float64], clusters: NDArray[np.int64], confidence: float, seed: int) -> Interval:
+    """Mean of outcomes in [0, 1]; resampling makes nothing of outcomes that are all wins or all losses."""
+    if len(outcomes) and outcomes.min() == outcomes.max() != 0.5:
+        return wilson(float(outcomes[0]), len(set(clusters.tolist())), confidence)
+    interval = bootstrap_mean(outcomes, clusters, confidence=confidence, seed=seed)
+    low, high = np.clip((interval.low, interval.high), 0.0, 1.0).tolist()
+    return Interval(interval.mean, low, high)
+
+
+def wilson(share: float, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's interval (1927) for a share of ``n`` independent votes: five of five are [0.57, 1]."""
+    z2 = float(stats.norm.ppf((1 + confidence) / 2)) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Interval(share, max(0.0, middle - reach), min(1.0, middle + reach))
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,8 @@ def sign_test(base: ArrayLike, aligned: ArrayLike, prompts: Sequence[Hashable]) 
     if not len(ids):
         return SignTest(0, 0, 0, math.nan)
     means = np.bincount(ids, weights=change[kept]) / np.bincount(ids)
+    size = np.bincount(ids, weights=np.abs(change[kept])) / np.bincount(ids)
+    means[np.abs(means) <= 1e-6 * size] = 0.0  # changes that cancel up to the rounding of fp32 scores are a tie
     wins, losses = int((means > 0).sum()), int((means < 0).sum())
     p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return SignTest(wins, losses, len(means) - wins - losses, p)
@@ -175,7 +195,8 @@ def bootstrap_mean(
 
     The percentile interval of few units is too narrow; its percentiles are widened to those of Student's t with m - 1
     degrees of freedom (the "expanded percentile interval" of Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 5.3). With one cluster only, the values themselves are resampled.
+    Bootstrap", section 5.3). With one cluster only, the values themselves are resampled. Of fewer than ``FEWEST`` units
+    the interval is Student's own.
 
     Args:
         values: (N,) finite numbers.
@@ -195,6 +216,11 @@ def bootstrap_mean(
     m = len(sums)
     if m < 2:
         return Interval(float(values.mean()), math.nan, math.nan)
+    if m < FEWEST:
+        residuals = sums - values.mean() * counts
+        error = math.sqrt((residuals**2).sum() * m / (m - 1)) / len(values)
+        reach = float(stats.t.ppf((1 + confidence) / 2, m - 1)) * error
+        return Interval(float(values.mean()), float(values.mean()) - reach, float(values.mean()) + reach)
     means = _resampled_means(sums, counts, resamples, np.random.default_rng(seed))
     return Interval(float(values.mean()), *expanded_percentiles(means, m, confidence))
 
@@ -225,8 +251,8 @@ def _resampled_means(
 
 
 def json_number(value: float) -> float | None:
-    """JSON has no NaN: null stands for a missing number."""
-    return None if math.isnan(value) else value
+    """JSON has neither NaN nor infinity: null stands for a number that is missing."""
+    return value if math.isfinite(value) else None
 
 
 def interval_json(interval: Interval, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .statistics import Interval, cluster_ids, expanded_percentiles, interval_json, json_number
+from .statistics import FEWEST, Interval, cluster_ids, expanded_percentiles, interval_json, json_number
 
 _RESAMPLES = 2000
 
@@ -28,7 +28,7 @@ class Dimension:
 
     Args:
         value: mean of its results; NaN when it has none.
-        lower: the same with missing results counted as 0.
+        lower: the same with missing results counted as 0; NaN when a result is below 0, which then bounds nothing.
         n: results.
         missing: results that could not be had.
     """
@@ -96,9 +96,8 @@ def summarise(
     by_primary = _table(dimensions, results, primaries, primary)
     total, count, asked = by_primary
     ids = cluster_ids(prompts)
-    with np.errstate(invalid="ignore"):
-        overall = _overall(total.sum(0), count.sum(0))
-        lower = _overall(total.sum(0), asked.sum(0))
+    overall = _overall(total.sum(0), count.sum(0))
+    lower = _overall(total.sum(0), asked.sum(0)) if (total >= 0).all() else math.nan
     low, high = _interval(total, count, ids)
     points = float(asked.sum())
     subs = {name: d for name, d in _dimensions(by_name, names).items() if name != primary(name)}
@@ -175,7 +174,7 @@ def _per_prompt(table: NDArray[np.float64], ids: NDArray[np.int64]) -> NDArray[n
 
 def _bounds(statistic: Any, units: int) -> tuple[float, float]:
     """Interval from resampled prompts. Draws that miss a whole dimension say nothing about the overall value."""
-    if units < 2:
+    if units < FEWEST:
         return math.nan, math.nan
     weights = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=_RESAMPLES).astype(float)
     values = np.asarray(statistic(weights))
@@ -188,7 +187,7 @@ def _dimensions(table: Table, names: list[str]) -> dict[str, Dimension]:
     return {
         name: Dimension(
             float(total[i] / count[i]) if count[i] else math.nan,
-            float(total[i] / asked[i]),
+            float(total[i] / asked[i]) if (table[0][:, i] >= 0).all() else math.nan,
             int(count[i]),
             int(asked[i] - count[i]),
         )

@@ -33,14 +33,14 @@ class AdapterSwitch:
 
     def __init__(self, denoiser: nn.Module, alpha: float, beta: float) -> None:
         self.denoiser, self.alpha, self.beta = denoiser, alpha, beta
-        self._known: tuple[str, ...] = ()
+        self._known: dict[str, Any] = {}
         self._layers: list[Any] = []
         for layer in self.layers():
             layer.set_scale(NEGATIVE, beta)
 
     def layers(self) -> list[Any]:
         """Layers with adapters; looked up again when adapters came or went."""
-        present = tuple(getattr(self.denoiser, "peft_config", {}))
+        present = dict(getattr(self.denoiser, "peft_config", {}))  # another adapter may come under the same name
         if present != self._known:
             self._known, self._layers = present, lora_layers(self.denoiser)
         return self._layers

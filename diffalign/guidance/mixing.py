@@ -43,7 +43,7 @@ def mix_weights(
     """
     for what, other in (("positive", positive), ("negative", negative)):
         if other is not None:
-            _require_same(base, other, what)
+            require_same(base, other, what)
     mixed = {}
     for name, weight in base.items():
         if not weight.is_floating_point():
@@ -84,7 +84,12 @@ def network_of(denoiser: nn.Module, weights: Weights) -> nn.Module:
     return network.to(like.device, like.dtype).eval().requires_grad_(False)
 
 
-def _require_same(base: Weights, other: Weights, what: str) -> None:
+def require_same(base: Weights, other: Weights, what: str) -> None:
+    """Refuse weights of another architecture.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
     differing = sorted(base.keys() ^ other.keys()) or [n for n in base if base[n].shape != other[n].shape]
     if differing:
         raise CheckpointError(

@@ -26,7 +26,7 @@ from ..pipelines import PipelineAdapter, adapter_for
 from .adapters import NEGATIVE, POSITIVE, AdapterSwitch, active_adapters, attached, uses_dora
 from .branches import Branches, Forward, Inputs, answered_by
 from .export import EXPORT_FILE, Exported, read_export
-from .mixing import Weights, base_weights, merged_weights, mix_weights, network_of
+from .mixing import Weights, base_weights, merged_weights, mix_weights, network_of, require_same
 
 Model: TypeAlias = str | Path | nn.Module | DiffusionPipeline
 EMBEDDINGS = ("default", "empty", "zeros", "prompt")
@@ -119,12 +119,11 @@ def check(settings: Exported) -> None:
     Raises:
         ConfigError: which, and what is allowed.
     """
-    first, last = settings.interval
     if settings.embedding not in EMBEDDINGS:
         raise ConfigError(f"embedding must be one of {', '.join(EMBEDDINGS)}; got {settings.embedding!r}.")
     if not 0 <= settings.rescale <= 1:
         raise ConfigError(f"rescale must lie in [0, 1]; got {settings.rescale}.")
-    if not 0 <= first < last <= 1:
+    if len(settings.interval) != 2 or not 0 <= settings.interval[0] < settings.interval[1] <= 1:
         raise ConfigError(f"interval must be (first, last) with 0 <= first < last <= 1; got {settings.interval}.")
 
 
@@ -191,7 +190,7 @@ def _networks(
 def _second_network(adapter: PipelineAdapter, negative: Model, positive: Model | None, settings: Exported) -> nn.Module:
     if settings.alpha == 0 and settings.beta == 1 and _lora_file(negative) is None:
         network = _network(adapter, negative)
-        mix_weights(base_weights(adapter.denoiser), negative=base_weights(network), beta=0)  # refuses another kind
+        require_same(base_weights(adapter.denoiser), base_weights(network), "negative")
         return network
     return negative_network(adapter.pipeline, negative, positive, settings)
 
@@ -227,7 +226,7 @@ def _network(adapter: PipelineAdapter, model: Model) -> Any:
         return network_of(model, merged_weights(model, names)) if names else model.eval()
     folder = Path(model) if (Path(model) / EXPORT_FILE).is_file() else find_weights(model)[1]
     try:
-        loaded = type(like).from_pretrained(folder, subfolder=adapter.denoiser_name, torch_dtype=like.dtype)
+        loaded = type(like).from_pretrained(folder, subfolder=adapter.denoiser_name, dtype=like.dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot load the {adapter.denoiser_name} of {folder}: {reason}") from error

@@ -48,7 +48,8 @@ def group_advantages(
     for group in groups.unique():
         members = (groups == group) & torch.isfinite(values)
         found = values[members]
-        if len(found) < 2 or float(found.max() - found.min()) < min_spread:
+        spread = float(found.max() - found.min()) if len(found) > 1 else 0.0
+        if spread == 0 or spread < min_spread:
             continue
         centred = found - found.mean()
         if scale == "group":

@@ -6,25 +6,19 @@ tensors and how the denoiser is called. Importing the file registers it; docs/pi
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.utils import is_xformers_available
-from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from ..diffusion import SamplingGrid, Schedule, noise_grid, schedule_from
 from ..errors import ConfigError
-from .identity import text_identity, vae_identity
+from .encoders import Encoders
 from .names import Original
-from .pixels import check_pixels
-
-log = logging.getLogger(__name__)
 
 ATTENTION = ("sdpa", "xformers", "eager")
 _FAMILIES: dict[str, type[PipelineAdapter]] = {}
@@ -34,7 +28,7 @@ _FAMILIES: dict[str, type[PipelineAdapter]] = {}
 Denoiser = Any
 
 
-class PipelineAdapter(ABC):
+class PipelineAdapter(Encoders, ABC):
     """A pipeline seen by a trainer.
 
     Args:
@@ -50,10 +44,6 @@ class PipelineAdapter(ABC):
     family: ClassVar[str]
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser_name: ClassVar[str] = "unet"
-    text_encoder_names: ClassVar[tuple[str, ...]]
-    tokenizer_names: ClassVar[tuple[str, ...]]
-    #: Text encoders that the pipeline itself can do without.
-    optional_encoder_names: ClassVar[tuple[str, ...]] = ()
     default_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     #: kohya's name of the family's LoRA format; None where there is none, and no such file is written.
     kohya_network: ClassVar[str | None] = None
@@ -64,11 +54,7 @@ class PipelineAdapter(ABC):
             _FAMILIES[name] = cls
 
     def __init__(self, pipeline: DiffusionPipeline, *, vae_dtype: torch.dtype = torch.float32) -> None:
-        self.pipeline = pipeline
-        self.vae_dtype = vae_dtype
-        # Kept apart from the VAE, which may leave memory before its scale is last needed.
-        self._vae_config: dict[str, Any] | None = None if pipeline.vae is None else dict(pipeline.vae.config)
-        self._absent = {name for name in self.optional_encoder_names if getattr(pipeline, name) is None}
+        super().__init__(pipeline, vae_dtype)
         if self.denoiser_channels("in") != self.latent_channels:
             raise ConfigError(
                 f"the denoiser takes {self.denoiser_channels('in')} channels but latents have "
@@ -98,27 +84,6 @@ class PipelineAdapter(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
-    def vae_dtype(self) -> torch.dtype:
-        """Precision in which images are encoded and decoded; may be set."""
-        return self._vae_dtype
-
-    @vae_dtype.setter
-    def vae_dtype(self, dtype: torch.dtype) -> None:
-        self._vae_dtype = dtype
-        self._vae_copy: AutoencoderKL | None = None
-        self._identity: dict[str, str | None] | None = None
-
-    @property
-    def text_encoders(self) -> list[nn.Module]:
-        """Those that are loaded."""
-        return [e for name in self.text_encoder_names if (e := getattr(self.pipeline, name)) is not None]
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent cell, along one side."""
-        return int(self.pipeline.vae_scale_factor)
-
-    @property
     def latent_channels(self) -> int:
         """C of the latents."""
         return int(self._vae_config["latent_channels"] if self._vae_config else self.denoiser_channels("out"))
@@ -134,22 +99,46 @@ class PipelineAdapter(ABC):
         return self.vae_scale_factor * 2 ** (len(blocks) - 1)
 
     @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the pipeline draws when it is told no size.
+
+        Raises:
+            ConfigError: the network's configuration holds none.
+        """
+        size = self.denoiser.config.get("sample_size")
+        if size is None:
+            raise ConfigError(
+                f"the configuration of the {self.denoiser_name} has no sample_size, so the size of its pictures is "
+                "unknown: give resolution, or height and width."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height) * self.vae_scale_factor, int(width) * self.vae_scale_factor
+
+    @property
     def native_resolution(self) -> int:
-        """Edge in pixels of the square images the model was made for."""
-        size = self.denoiser.config.sample_size
-        return int(size if isinstance(size, int) else max(size)) * self.vae_scale_factor
+        """Edge in pixels of the square images the model was made for.
 
-    @property
-    def prompt_reader(self) -> tuple[PreTrainedTokenizerBase | None, int]:
-        """The tokenizer that reads most of a prompt (None when it is not loaded), and how many tokens it reads."""
-        tokenizer = getattr(self.pipeline, self.tokenizer_names[0])
-        return tokenizer, 0 if tokenizer is None else int(tokenizer.model_max_length)
+        Raises:
+            ConfigError: they are not square, or of unknown size.
+        """
+        height, width = self.native_size
+        if height != width:
+            raise ConfigError(
+                f"this model draws pictures of {height} x {width} pixels, no squares: give resolution, or height and "
+                "width."
+            )
+        return height
 
-    @property
-    def missing_encoders(self) -> list[str]:
-        """Names of the VAE and text encoders that are not loaded, without those the pipeline came without by choice."""
-        names = ("vae", *self.text_encoder_names)
-        return [name for name in names if getattr(self.pipeline, name) is None and name not in self._absent]
+    def square_edge(self, resolution: int | None) -> int:
+        """Edge in pixels of the square images that a run asks for; None means the model's own.
+
+        Raises:
+            ConfigError: the network cannot take this size.
+        """
+        edge = self.native_resolution if resolution is None else resolution
+        if edge % self.size_multiple:
+            raise ConfigError(f"resolution must be a multiple of {self.size_multiple} pixels; got {edge}.")
+        return edge
 
     def noise_schedule(self, *, zero_terminal_snr: bool = False) -> Schedule:
         """The forward process of this model; see :func:`diffalign.diffusion.schedule_from`."""
@@ -215,11 +204,6 @@ class PipelineAdapter(ABC):
         """
         return {}
 
-    def prompt_flags(self) -> dict[str, bool | int]:
-        """Whatever else than encoders and tokenizers decides a prompt's tensors; part of the encoders' identity."""
-        # SDXL's own switch between zeros and the encoded "" changes what the empty prompt becomes
-        return {"zeros": bool(self.pipeline.config.get("force_zeros_for_empty_prompt", False))}
-
     def original_module(self, name: str) -> Original:
         """Where kohya's tools and ComfyUI look for a module of the denoiser.
 
@@ -282,126 +266,6 @@ class PipelineAdapter(ABC):
     @staticmethod
     def _negative(unconditional: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         return {f"negative_{name}": value.expand(count, *value.shape[1:]) for name, value in unconditional.items()}
-
-    # --- images ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Posterior of the VAE, unscaled.
-
-        Args:
-            pixels: (N, 3, H, W) floating point in [-1, 1], H and W multiples of the VAE's scale factor.
-
-        Returns:
-            (N, 2c, h, w) fp32 on the CPU: mean, then log variance.
-
-        Raises:
-            DataError: integers, values outside [-1, 1], NaN, or 8-bit images scaled to [0, 1].
-            ConfigError: the VAE is not loaded.
-        """
-        check_pixels(pixels, self.vae_scale_factor)
-        vae = self._vae()
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return posterior.parameters.float().cpu()
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents, as the denoiser knows them.
-
-        Args:
-            moments: (N, 2c, h, w) from :meth:`encode_images`.
-            noise: (N, c, h, w) standard normal to sample the posterior with; None takes its mean.
-
-        Returns:
-            (N, c, h, w) fp32 on the device of ``moments``.
-        """
-        mean, log_variance = moments.float().chunk(2, dim=1)
-        if noise is not None:
-            # the bounds are those of diffusers' DiagonalGaussianDistribution
-            mean = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise.float()
-        shift, scale = self._latent_scale(mean)
-        return (mean - shift) * scale
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (N, c, h, w)."""
-        return self.pipeline.image_processor.postprocess(self.decode_pixels(latents), output_type="pil")
-
-    @torch.no_grad()
-    def decode_pixels(self, latents: Tensor) -> Tensor:
-        """(N, 3, H, W) fp32, about [-1, 1], of scaled latents (N, c, h, w)."""
-        vae = self._vae()
-        latents = latents.to(vae.device, torch.float32)
-        shift, scale = self._latent_scale(latents)
-        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.float()
-
-    def _latent_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(shift, scale), each broadcastable to (N, c, h, w): latent = (vae output - shift) * scale."""
-        config = self._vae_config
-        if config is None:
-            raise ConfigError(
-                "this pipeline was loaded without its VAE, so the scale of its latents is unknown. Load it with the "
-                "VAE; the encoders can be dropped afterwards (drop_encoders)."
-            )
-        scale = like.new_tensor(config["scaling_factor"])
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (like.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            return mean, scale / std
-        return like.new_tensor(config.get("shift_factor") or 0.0), scale
-
-    def _vae(self) -> AutoencoderKL:
-        """The VAE in ``vae_dtype``."""
-        own = self.pipeline.vae
-        if own is None:
-            raise ConfigError("the VAE is not loaded: load the whole pipeline, or use a complete cache.")
-        if own.dtype == self.vae_dtype:
-            return own
-        if self._vae_copy is None or self._vae_copy.device != own.device:
-            copy = type(own).from_config(own.config)
-            copy.load_state_dict(own.state_dict())
-            self._vae_copy = copy.to(own.device, self.vae_dtype).eval().requires_grad_(False)
-        return self._vae_copy
-
-    # --- encoders in and out of memory -------------------------------------------------------------------------
-
-    def move_encoders(self, device: torch.device | str) -> None:
-        """VAE and text encoders to a device."""
-        self._vae_copy = None
-        for module in (self.pipeline.vae, *self.text_encoders):
-            if module is not None:
-                module.to(device)
-
-    def offload_encoders(self) -> None:
-        """VAE and text encoders to the CPU."""
-        self.move_encoders("cpu")
-
-    def drop_encoders(self) -> None:
-        """VAE and text encoders out of memory for good; scale and identity stay known."""
-        self.encoder_identity()
-        self._vae_copy = None
-        for name in ("vae", *self.text_encoder_names):
-            setattr(self.pipeline, name, None)
-
-    def encoder_identity(self) -> dict[str, str | None]:
-        """Hashes of what images and prompts are encoded with: ``{"vae": ..., "text": ...}``.
-
-        They cover weights, configurations, tokenizers and the precision of the VAE, and are computed once. A part that
-        was never loaded is None.
-        """
-        if self._identity is None:
-            pipeline = self.pipeline
-            names = zip(self.text_encoder_names, self.tokenizer_names, strict=True)
-            # an encoder the pipeline came without is left out together with its tokenizer, which nobody then asks
-            tokenizers = [getattr(pipeline, tokenizer) for name, tokenizer in names if name not in self._absent]
-            complete = len(self.text_encoders) == len([t for t in tokenizers if t is not None]) > 0
-            self._identity = {
-                "vae": None if pipeline.vae is None else vae_identity(pipeline.vae, self.vae_dtype),
-                "text": text_identity(self.text_encoders, tokenizers, self.prompt_flags()) if complete else None,
-            }
-        return dict(self._identity)
-
-    def _require_text_encoders(self) -> None:
-        if not self.text_encoders:
-            raise ConfigError("the text encoders are not loaded: load the whole pipeline, or use a complete cache.")
 
     # --- attention ---------------------------------------------------------------------------------------------
 

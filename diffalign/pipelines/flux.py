@@ -67,8 +67,9 @@ class FluxAdapter(FlowTransformerAdapter):
         super().configure(max_prompt_tokens=max_prompt_tokens, guidance_embedding=guidance_embedding)
 
     @property
-    def native_resolution(self) -> int:
-        return int(self.pipeline.default_sample_size) * self.vae_scale_factor
+    def native_size(self) -> tuple[int, int]:
+        edge = int(self.pipeline.default_sample_size) * self.vae_scale_factor
+        return edge, edge
 
     @property
     def embeds_guidance(self) -> bool:

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
+from .hub import HTTP_ERROR, hub_problem
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def load_pipeline(
             checkpoint of SD or SDXL in the original layout.
         dtype: precision of all weights: a torch dtype, ``fp32``, ``fp16`` or ``bf16``; None means fp32.
         revision: branch, tag or commit of a hub repository.
-        variant: file variant, for example ``fp16``.
+        variant: file variant of a folder or hub repository, for example ``fp16``.
         config: for a single file, the folder or hub id of a pipeline with the same configuration; None takes the
             original model's from the hub.
 
@@ -44,6 +45,10 @@ def load_pipeline(
     """
     name = str(name_or_path)
     wanted = _dtype(dtype)
+    if revision is not None and (name == EMBEDDED or Path(name).exists()):
+        raise ConfigError(f"{name} is no model on the hub, so revision={revision!r} means nothing. Leave it out.")
+    if variant is not None and (name == EMBEDDED or _is_checkpoint(name)):
+        raise ConfigError(f"{name} has no variants, so variant={variant!r} means nothing. Leave it out.")
     if config is not None and not _is_checkpoint(name):
         raise ConfigError(f"config belongs to single-file checkpoints; {name} is loaded with its own configuration.")
     if name == EMBEDDED:
@@ -51,7 +56,7 @@ def load_pipeline(
             pipeline_folder,  # late: the embedded default imports nothing of the library but has weights
         )
 
-        name, revision, variant = str(pipeline_folder()), None, None
+        name = str(pipeline_folder())
     if _is_checkpoint(name):
         pipeline = _load_single_file(Path(name), wanted, None if config is None else str(config))
     else:
@@ -72,12 +77,13 @@ def _load_folder_or_hub(name: str, dtype: torch.dtype, revision: str | None, var
         )
     try:
         return DiffusionPipeline.from_pretrained(
-            name, torch_dtype=dtype, revision=revision, variant=variant, **_left_out(folder)
+            name, dtype=dtype, revision=revision, variant=variant, **_left_out(folder)
         )
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError, HTTP_ERROR) as error:
         where = "folder" if folder.is_dir() else "model on the hub (a local folder of that name does not exist)"
         wanted = "".join(f", {k} {v}" for k, v in (("revision", revision), ("variant", variant)) if v)
-        raise ConfigError(f"cannot load the {where} {name}{wanted}: {_first_line(error)}") from error
+        reason = hub_problem(error, name, revision) or _first_line(error)
+        raise ConfigError(f"cannot load the {where} {name}{wanted}: {reason}") from error
 
 
 def _left_out(folder: Path) -> dict[str, None]:
@@ -105,7 +111,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: str | None) -> Dif
         raise ConfigError(f"{path} is no usable safetensors file: {error}") from error
     cls = _class_of(names, path)
     try:
-        return cls.from_single_file(str(path), torch_dtype=dtype, config=config)
+        return cls.from_single_file(str(path), dtype=dtype, config=config)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         advice = "" if config else " Without network, pass config=<folder of a pipeline of the same kind>."
         raise ConfigError(f"cannot load {path} as {cls.__name__}: {_first_line(error)}{advice}") from error

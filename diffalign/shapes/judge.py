@@ -73,9 +73,14 @@ class ShapesJudge(BaseRewardModel):
         return {"id": self.name, "revision": self._revision, "code_version": source_hash(type(self))}
 
     @torch.inference_mode()
-    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+    def embed(self, images: list[Image.Image]) -> Tensor:
+        """(n, d) fp32: unit embeddings of RGB pictures, as the score compares them; how far apart pictures are."""
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device, self.dtype)
-        seen = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    @torch.inference_mode()
+    def score_batch(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        seen = self.embed(images)
         told = F.normalize(self.model.encode_text(self.tokenizer(prompts).to(self.device)).float(), dim=-1)
         scores = self.scale * (seen * told).sum(-1)
         return torch.where(torch.tensor([_is_caption(prompt) for prompt in prompts]), scores.cpu(), math.nan)

@@ -127,9 +127,9 @@ class _Tally:
                 own["problems"] += 1
             for name, values in row.scores.items() if number in usable else ():
                 self._note_score(name, candidate.pipeline, values[number])
-        for i, j in combinations(usable, 2):
+        for place, (i, j) in enumerate(combinations(usable, 2)):
             a, b = row.candidates[i], row.candidates[j]
-            apart = distance(a.thumbnail, b.thumbnail) / 255
+            apart = row.distances[place] if row.distances else distance(a.thumbnail, b.thumbnail) / 255
             if not math.isnan(apart):
                 self._add("diversity", apart)
                 if a.pipeline == b.pipeline:

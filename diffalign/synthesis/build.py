@@ -1,8 +1,13 @@
-"""A preference table from a pipeline: draw k pictures for each prompt, score them, rank them, write them."""
+"""A preference table from a pipeline in memory: draw k pictures for each prompt, score them, rank them, write them.
+
+The run of :mod:`.run` does the same from settings, and survives kills. This stays beside it since it takes a pipeline
+and reward models as objects, which a process that continues a run could not have, and since the tables of the
+quickstart and of the shapes judge are its: their pictures are keyed by (seed, prompt, i) without a pipeline's name, and
+even pictures are ranked there, while a run sets them aside. Drawing, encoding, ranking and writing are shared.
+"""
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from reward_models import RewardModel
 
@@ -19,6 +23,7 @@ from ..data.preferences import store_score_ranges
 from ..data.schema import PreferenceRow, write_preferences
 from ..errors import ConfigError
 from ..randomness import keyed_seed
+from .candidates import encode
 from .ranking import MissingRule, Ranking, rank_candidates
 from .sampling import generate_images, picture_seed
 
@@ -118,7 +123,7 @@ def build_preferences(
                 _count(report, ranking)
                 yield PreferenceRow(
                     prompt=prompt,
-                    image_bytes=[_png(image) for image in images[own]],
+                    image_bytes=[encode(image, "png", None) for image in images[own]],
                     preference=ranking.preference,
                     rank=ranking.rank,
                     scores=candidates,
@@ -168,9 +173,3 @@ def _count(report: BuildReport, ranking: Ranking) -> None:
     report.images += len(ranking.rank)
     report.ties += ranking.rank.count(1) > 1
     report.all_tied += ranking.rank.count(1) == len(ranking.rank)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

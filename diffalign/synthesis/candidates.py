@@ -46,12 +46,14 @@ class Row:
         scores: by reward model one value per candidate, NaN where missing or not asked.
         comparisons: by judge the probability that the first is better, for all pairs (i < j) of usable candidates, in
             the order of ``itertools.combinations``; NaN where missing.
+        distances: of the same pairs, how far apart a reward model's embeddings are; None: thumbnails tell.
     """
 
     prompt: str
     candidates: list[Candidate]
     scores: dict[str, list[float]] = field(default_factory=dict)
     comparisons: dict[str, list[float]] = field(default_factory=dict)
+    distances: list[float] | None = None
 
     @property
     def usable(self) -> list[int]:

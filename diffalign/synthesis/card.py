@@ -6,16 +6,18 @@ import io
 import logging
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.files import atomic_file
-from ..data.preferences import load_preferences
+from ..data.schema import PreferenceRow
 from ..errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -29,10 +31,10 @@ def write_card(folder: Path, report: Mapping[str, Any]) -> Path:
 
     Paths of this machine are kept out: a card is made to be published.
     """
-    licences = sorted({str(p["license"]) for p in report.get("pipelines", {}).values() if p.get("license")})
+    licences = sorted({str(p.get("license") or "unknown") for p in report.get("pipelines", {}).values()})
     data = DatasetCardData(
         pretty_name=folder.resolve().name,
-        license=licences[0] if len(licences) == 1 else "other",
+        license=licences[0] if len(licences) == 1 and licences != ["unknown"] else "other",
         task_categories=["text-to-image"],
         size_categories=[next((name for limit, name in _SIZES if report["rows"] < limit), "n>1M")],
         tags=["diffalign", "preference", "synthetic", "ranked-preferences", "image"],
@@ -50,7 +52,7 @@ def write_card(folder: Path, report: Mapping[str, Any]) -> Path:
         "## Numbers\n\n" + _numbers(report),
         "## Licence\n\nPictures carry the terms of the models that drew them: "
         + (", ".join(licences) if licences else "see each model's own card")
-        + ". Reward models have terms of their own.",
+        + ". Scores were made by models under terms of their own, named above.",
     ]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     DatasetCard(text)  # refuses a header that the hub could not read
@@ -89,20 +91,24 @@ def _pipelines(report: Mapping[str, Any]) -> str:
             f"| {own['images']} | {own['not_ranked']} | {number(own['mean_preference'])} "
             f"| {number(own['diversity'])} |"
         )
-    lines.append("\nDiversity: mean RMS distance of the thumbnails of two pictures of one prompt, from 0 to 1.")
+    of = report.get("diversity_of", "thumbnails")
+    measure = "RMS distance of the thumbnails" if of == "thumbnails" else f"cosine distance of the {of} embeddings"
+    lines.append(f"\nDiversity: mean {measure} of two pictures of one prompt.")
     return "\n".join(lines)
 
 
 def _reward_models(report: Mapping[str, Any]) -> str:
     lines = [
-        "| score | model, revision, code | votes | mean | deviation | range | missing | contradicts the ranking |",
-        "|---|---|---|---|---|---|---|---|",
+        "| score | model, revision, code | licence | votes | mean | deviation | range | missing "
+        "| contradicts the ranking |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, own in report["reward_models"].items():
         identity = own["identity"]
         what = ", ".join(public_name(identity.get(key)) for key in ("id", "revision", "code_version"))
+        votes = "yes" if own["votes"] else "no (hold-out)"
         lines.append(
-            f"| {name} | {what} | {'yes' if own['votes'] else 'no (hold-out)'} | {number(own['mean'])} "
+            f"| {name} | {what} | {own['license'] or 'unknown'} | {votes} | {number(own['mean'])} "
             f"| {number(own['deviation'])} | {number(own['lowest'])} to {number(own['highest'])} | {own['missing']} "
             f"| {number(report['contradiction'].get(name))} |"
         )
@@ -141,11 +147,17 @@ def public_name(name: str | None) -> str:
     )
 
 
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
+    """The table's rows, a few at a time; `datasets` would copy all of them into its cache first."""
+    for shard in sorted(folder.glob("train-*.parquet")):
+        for batch in pq.ParquetFile(shard).iter_batches(_ROWS):
+            yield from batch.to_pylist()
+
+
 def _grid(folder: Path) -> int:
     """The first rows, best picture on the left; returns how many."""
-    dataset = load_preferences(folder)
-    count = min(_ROWS, len(dataset))
-    rows = [dataset[index] for index in range(count)]
+    rows = [PreferenceRow.from_record(cells) for cells in islice(_records(folder), _ROWS)]
+    count = len(rows)
     most = max(len(row.rank) for row in rows)
     width, height = most * (_SIDE + _GAP) + _GAP, count * (_SIDE + _TEXT + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), "white")

@@ -16,10 +16,13 @@ from ..yaml_dialect import Dumper, Loader
 
 RankBy = Literal["votes", "weighted_sum", "pipelines"]
 NAME = r"^[A-Za-z0-9][\w.+-]*$"  # names become file names
+# Options of reward models that change no score: a server may move between two starts, and its key is nobody's business.
+_IDLE_OPTIONS = {"api_key", "backoff", "base_url", "batch_size", "concurrency", "device", "longest_wait", "record"}
+_IDLE_OPTIONS |= {"retries", "timeout"}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class PipelineSpec(_Strict):
@@ -62,7 +65,11 @@ class RewardSpec(_Strict):
     weight: float = Field(1.0, description="Of its votes, or of its raw scores under rank_by=weighted_sum.")
     family: str | None = Field(None, description="Models of one family (the same backbone) share one vote.")
     tie: float = Field(0.0, ge=0, description="Scores that differ by no more than this are a tie.")
+    ask: Literal["scores", "pairs"] | None = Field(
+        None, description="Of a model that can do both; scores when null, pairs where it gives no scores."
+    )
     votes: bool = Field(True, description="false: a hold-out, which scores and has no say.")
+    license: str | None = Field(None, description="Licence named on the card; read from the model's card when null.")
 
 
 def _short(value: Any) -> Any:
@@ -83,6 +90,9 @@ class RankingConfig(_Strict):
     missing: Literal["skip_model", "skip_row"] = Field(
         "skip_model", description="A model with a missing score has no say on that prompt, or the prompt is set aside."
     )
+    diversity: str | None = Field(
+        None, description="Reward model whose embeddings tell how far apart pictures are; thumbnails when null."
+    )
     prompts_per_shard: int = Field(100, ge=1, description="The unit of work: a finished shard is final.")
     output_dir: str = Field(min_length=1, description="Folder of the table.")
 
@@ -90,14 +100,27 @@ class RankingConfig(_Strict):
     def _voters(self) -> RankingConfig:
         names = [spec.name or spec.model for spec in self.reward_models]
         _unique("reward_models", names)
-        if self.rank_by != "pipelines" and not any(spec.votes for spec in self.reward_models):
+        if self.diversity is not None and self.diversity not in names:
+            raise ValueError(f"diversity: {self.diversity!r} is none of reward_models{_near(self.diversity, names)}")
+        voters = [spec for spec in self.reward_models if spec.votes and spec.weight]
+        if self.rank_by != "pipelines" and not voters:
             raise ValueError(f"reward_models: rank_by={self.rank_by} needs at least one that votes")
+        if self.rank_by == "votes" and any(spec.weight < 0 for spec in voters):
+            raise ValueError("reward_models: weight: a share of the votes, at least 0")
         return self
 
     @property
     def scorers(self) -> dict[str, RewardSpec]:
         """Reward models by the name of their scores."""
         return {spec.name or spec.model: spec for spec in self.reward_models}
+
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is in the table, as plain values."""
+        values = self.model_dump(exclude={"output_dir"})
+        for judge in values["reward_models"]:
+            del judge["license"]
+            judge["options"] = {key: value for key, value in judge["options"].items() if key not in _IDLE_OPTIONS}
+        return values
 
 
 class GenerationConfig(RankingConfig):
@@ -140,14 +163,14 @@ class GenerationConfig(RankingConfig):
     @property
     def artists(self) -> dict[str, PipelineSpec]:
         """Pipelines by name."""
-        names = [spec.name or Path(spec.model).stem for spec in self.pipelines]
+        names = [spec.name or Path(spec.model).name.removesuffix(".safetensors") for spec in self.pipelines]
         _unique("pipelines", names)
         return dict(zip(names, self.pipelines, strict=True))
 
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in the table, as plain values."""
-        idle = {"output_dir", "load_models", "push_to_hub", "hub_private"}
-        values = self.model_dump(exclude=idle)
+        idle = {"load_models", "push_to_hub", "hub_private"}
+        values = {key: value for key, value in super().content().items() if key not in idle}
         for pipeline in values["pipelines"]:
             del pipeline["batch_size"], pipeline["license"]
         return values

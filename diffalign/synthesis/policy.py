@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError
-from ..yaml_dialect import Loader
-from .config import GenerationConfig, PipelineSpec
+from .config import GenerationConfig, PipelineSpec, read_yaml
 
 NAME = "policy"
 
@@ -33,10 +30,11 @@ def with_policy(config: GenerationConfig, run: Path) -> GenerationConfig:
     first = next(iter(config.artists.values()))
     changes: dict[str, Any] = {"name": NAME, "license": None}
     if kind == "lora":
-        base = base_of(run) or first.model
-        changes |= {"model": base, "lora": str(run), "lora_scale": 1.0}
+        changes |= {"model": base_of(run) or first.model, "lora": str(run), "lora_scale": 1.0}
     else:
-        changes |= {"model": str(weights), "lora": None, "revision": None, "variant": None, "config": None}
+        changes |= {"model": str(weights), "lora": None}
+    if changes["model"] != first.model:
+        changes |= {"revision": None, "variant": None, "config": None}  # they name parts of the first model
     spec = PipelineSpec(**(first.model_dump() | changes))
     return GenerationConfig(**(config.model_dump() | {"pipelines": [*config.pipelines, spec]}))
 
@@ -46,7 +44,6 @@ def base_of(run: Path) -> str | None:
     for folder in (run, run.parent):
         file = folder / "config.yaml"
         if file.is_file():
-            settings = yaml.load(file.read_text(encoding="utf-8"), Loader)
-            model = settings.get("model") if isinstance(settings, dict) else None
+            model = read_yaml(file).get("model")
             return model if isinstance(model, str) else None
     return None

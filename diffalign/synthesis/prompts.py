@@ -54,8 +54,9 @@ class PromptPlan:
 
 def normalise(text: str) -> str:
     """NFC, white space as single spaces, no control characters. Direction marks and joiners mean something and stay."""
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    return "".join(letter for letter in text if unicodedata.category(letter) != "Cc")
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(letter for letter in text if letter.isspace() or unicodedata.category(letter) != "Cc")
+    return " ".join(text.split())
 
 
 def prompt_key(prompt: str) -> str:
@@ -151,9 +152,12 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
 
 def _csv(path: Path, column: str) -> Iterator[str]:
     rows = csv.DictReader(io.StringIO(_decoded(path), newline=""))
-    _require(column, rows.fieldnames or [], str(path))
-    for number, row in enumerate(rows, 1):
-        yield _cell(row[column], column, f"{path}, row {number}")
+    try:
+        _require(column, rows.fieldnames or [], str(path))
+        for number, row in enumerate(rows, 1):
+            yield _cell(row[column], column, f"{path}, row {number}")
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: no CSV ({error}).") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:

@@ -10,12 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from ..data.files import atomic_file
 from ..data.sources import SCORE_RANGES
 from ..errors import DataError
+from ..pipelines.hub import model_licence
 from .artists import licence_of, model_name, resolved_revision
 from .card import push_table, write_card
-from .config import GenerationConfig
+from .config import GenerationConfig, RankingConfig
 from .prompts import PromptPlan
 from .store import FORMAT, Store, read_json, write_json
 
@@ -48,18 +51,19 @@ def finish_run(config: GenerationConfig, store: Store, plan: PromptPlan, shards:
         "seed": config.seed,
         "prompts": {"train": len(plan.train), "held_out": len(plan.held_out), "dropped": len(plan.dropped)},
         "rank_by": config.rank_by,
+        "diversity_of": config.diversity or "thumbnails",
         "pipelines": models,
         "seconds_of_this_start": seconds,
         "hold_outs": [name for name, spec in config.scorers.items() if not spec.votes],
     }
-    report = summarise(store.folder, shards, extra)
+    report = summarise(store.folder, shards, config, extra)
     if config.push_to_hub is not None:
         report["hub"] = push_table(store.folder, config.push_to_hub, private=config.hub_private)
         write_json(store.folder / REPORT, report)
     return report
 
 
-def summarise(folder: Path, shards: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(folder: Path, shards: int, config: RankingConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Add the records of all shards up and write manifest, score ranges, report and card.
 
     Raises:
@@ -71,7 +75,7 @@ def summarise(folder: Path, shards: int, extra: Mapping[str, Any]) -> dict[str, 
     if any(record["identities"] != identities for record in records):
         log.warning("reward models changed between shards: their scores may not be comparable; see shards/*.json")
     facts = _sum([{key: r[key] for key in _SUMMED} for r in records])
-    report = _report(facts, extra) | {"reward_models": _models(facts, identities, extra)}
+    report = _report(facts, extra) | {"reward_models": _models(facts, identities, config)}
     write_json(
         folder / MANIFEST,
         {
@@ -88,13 +92,24 @@ def summarise(folder: Path, shards: int, extra: Mapping[str, Any]) -> dict[str, 
     if not report["rows"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report["set_aside"].items())
         raise DataError(f"{folder}: no prompt could be ranked ({reasons}). Its pictures are kept in set_aside.")
-    # Of the rows in the table alone: a range of pictures that nobody trains on would be no use.
-    from ..data.preferences import store_score_ranges
-
-    ranges = store_score_ranges(folder)
-    log.debug("%s of %d scores", SCORE_RANGES, len(ranges))
+    write_json(folder / SCORE_RANGES, score_ranges(folder / name for name in files if "/" not in name))
     write_card(folder, report)
     return report
+
+
+def score_ranges(shards: Iterable[Path]) -> dict[str, tuple[float, float]]:
+    """(lowest, highest) score by reward model, of the rows in the table alone: what nobody trains on has no say.
+
+    The column of scores alone is read. `load_preferences` would let `datasets` copy every picture into its cache first.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    for shard in shards:
+        for cell in pq.read_table(shard, columns=["scores"]).column("scores").to_pylist():
+            for entry in cell or []:
+                if present := [value for value in entry["values"] if value is not None]:
+                    low, high = ranges.get(entry["name"], (math.inf, -math.inf))
+                    ranges[entry["name"]] = min(low, *present), max(high, *present)
+    return ranges
 
 
 _SUMMED = ("counts", "reasons", "problems", "pipelines", "scores", "agreement", "seconds")
@@ -162,7 +177,7 @@ def _of_pipeline(own: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _models(facts: dict[str, Any], identities: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def _models(facts: dict[str, Any], identities: dict[str, Any], config: RankingConfig) -> dict[str, Any]:
     result = {}
     for name, identity in identities.items():
         own = facts.get("scores", {}).get(name, {})
@@ -171,7 +186,8 @@ def _models(facts: dict[str, Any], identities: dict[str, Any], extra: Mapping[st
         variance = None if mean is None else max(own["squares"] / count - mean**2, 0.0)
         result[name] = {
             "identity": identity,
-            "votes": name not in extra.get("hold_outs", ()),
+            "license": config.scorers[name].license or _licence(str(identity.get("id"))),
+            "votes": config.scorers[name].votes,
             "scored": count,
             "missing": own.get("missing", 0),
             "mean": mean,
@@ -180,6 +196,13 @@ def _models(facts: dict[str, Any], identities: dict[str, Any], extra: Mapping[st
             "highest": own["highest"] if count else None,
         }
     return result
+
+
+def _licence(model: str) -> str | None:
+    """Of a reward model, where its id is one of the hub; those of the shapes world are ours."""
+    if model.startswith("shapes"):
+        return model_licence("shapes")
+    return model_licence(model) if model.count("/") == 1 and not model.startswith((".", "/")) else None
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -99,15 +99,19 @@ def rerank(config: RerankConfig) -> dict[str, Any]:
         DataError: the table cannot be read, or nothing can be ranked.
     """
     rows = StoredRows(config.table, config.split, config.revision)
-    stored = set(rows.score_names()) - set(config.rescore)
+    stored = set(rows.score_names()) - {*config.rescore, config.diversity}  # embeddings are not stored
     device = local_device()
-    scorers = [Scorer(name, spec, device) for name, spec in config.scorers.items() if name not in stored]
+    scorers = [
+        Scorer(name, spec, device, embeds=name == config.diversity)
+        for name, spec in config.scorers.items()
+        if name not in stored
+    ]
     identities = {s.name: s.identity for s in scorers}
     for name in config.scorers:
         identities.setdefault(name, rows.identities.get(name, {"id": name, "revision": None, "code_version": None}))
     size = config.prompts_per_shard
     shards = math.ceil(len(rows) / size)
-    settings = {"format": FORMAT, **config.model_dump(exclude={"output_dir"}), "rows": len(rows)}
+    settings = {"format": FORMAT, **config.content(), "rows": len(rows)}
     store = Store(config.output_dir)
     with store.claimed(settings):
         for shard in range(shards):
@@ -115,8 +119,9 @@ def rerank(config: RerankConfig) -> dict[str, Any]:
                 chosen = [rows[number] for number in range(shard * size, min((shard + 1) * size, len(rows)))]
                 _finish(store, shard, chosen, config, scorers, identities)
         extra: dict[str, Any] = {"reranked_from": Path(config.table).name, "rank_by": config.rank_by}
+        extra |= {"diversity_of": config.diversity or "thumbnails"}
         extra |= {"hold_outs": [name for name, spec in config.scorers.items() if not spec.votes]}
-        return summarise(store.folder, shards, extra)
+        return summarise(store.folder, shards, config, extra)
 
 
 def _finish(
@@ -131,8 +136,10 @@ def _finish(
     for scorer in scorers:
         began = time.perf_counter()
         scores, comparisons = scorer.judge(rows)
+        distances = scorer.distances(rows) if scorer.name == config.diversity else None
         seconds[f"score {scorer.name}"] = time.perf_counter() - began
         for number, row in enumerate(rows):
+            row.distances = distances[number] if distances is not None else row.distances
             row.scores[scorer.name] = scores[number]
             row.comparisons.pop(scorer.name, None)
             if comparisons is not None:

@@ -28,7 +28,7 @@ from .overlap import overlap
 from .prompts import PromptPlan, plan_prompts
 from .report import finish_run
 from .scoring import Scorer
-from .store import FORMAT, Store, file_hash
+from .store import FORMAT, Store, weights_digest
 
 log = logging.getLogger(__name__)
 _ENCODERS = min(4, os.cpu_count() or 1)
@@ -41,12 +41,14 @@ class _Shard:
 
     Args:
         number: of the shard.
+        whole: whether the pictures of all pipelines are there, once those in ``drawing`` are.
         drawing: by pipeline what is being encoded, per prompt, and the seconds it took to draw.
         rows: filled when the pictures are together.
         seconds: by stage.
     """
 
     number: int
+    whole: bool = True
     drawing: dict[str, tuple[list[list[Future[Candidate]]], float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -95,14 +97,19 @@ def generate(
 
 
 def claim(config: GenerationConfig, plan: PromptPlan) -> dict[str, Any]:
-    """What two runs must share to be one: settings, prompts, and the weights of local LoRAs."""
-    loras = {}
-    for name, spec in config.artists.items():
-        if spec.lora is not None and Path(spec.lora).exists():
-            from ..evaluation.lora import find_weights  # late: evaluation draws with this package
+    """What two runs must share to be one: settings, prompts, and the weights of local models and LoRAs.
 
-            loras[name] = file_hash(find_weights(spec.lora)[1]) if find_weights(spec.lora)[0] == "lora" else None
-    return {"format": FORMAT, **config.content(), "prompts_digest": plan.digest, "lora_digests": loras}
+    A round after another may well find other weights under the same name.
+    """
+    from ..evaluation.lora import find_weights  # late: evaluation draws with this package
+
+    weights = {}
+    for name, spec in config.artists.items():
+        if Path(spec.model).exists():
+            weights[name] = weights_digest(Path(spec.model))
+        if spec.lora is not None and Path(spec.lora).exists():
+            weights[f"{name}, lora"] = weights_digest(find_weights(spec.lora)[1])
+    return {"format": FORMAT, **config.content(), "prompts_digest": plan.digest, "weights": weights}
 
 
 def _check_models(config: GenerationConfig) -> None:
@@ -119,10 +126,10 @@ def _check_models(config: GenerationConfig) -> None:
 
 def _wait_for_others(store: Store, shards: int) -> None:
     """Until every shard is finished by whoever has it."""
-    last, seen, told = time.monotonic(), -1, False
-    while missing := [n for n in range(shards) if not (store.folder / "shards" / f"{n:05d}.json").is_file()]:
-        if len(missing) != seen:
-            last, seen = time.monotonic(), len(missing)
+    last, missing, told = time.monotonic(), list(range(shards)), False
+    while pending := [n for n in missing if store.record(n) is None]:
+        if len(pending) != len(missing):
+            last, missing = time.monotonic(), pending
         if not told:
             log.info("waiting for %d shards of the other processes", len(missing))
             told = True
@@ -148,26 +155,31 @@ class _Run:
     def together(self, todo: Sequence[int]) -> None:
         """All models in memory; drawing, encoding, scoring and writing go on at the same time."""
         config, store = self.config, self.store
-        scorers = [Scorer(name, spec, self.device) for name, spec in config.scorers.items()]
+        scorers = [self._scorer(name) for name in config.scorers]
         artists = [Artist(name, spec, self.device) for name, spec in config.artists.items()]
 
         def judge(shard: _Shard) -> None:
-            self._gather(shard)
-            for scorer in scorers:
-                self._score(shard, scorer)
-            self._take_scores(shard)
+            if shard.whole:
+                self._gather(shard)
+                for scorer in scorers:
+                    self._score(shard, scorer)
+                self._take_scores(shard)
+
+        def write(shard: _Shard) -> None:
+            if shard.whole:
+                self._write(shard)
 
         with ThreadPoolExecutor(_ENCODERS) as pool:
 
             def drawn() -> Iterator[_Shard]:
                 for number in todo:
-                    shard = _Shard(number)
-                    for artist in artists:
+                    for artist in artists:  # each goes on by itself, so that a kill costs no more than one's pictures
+                        shard = _Shard(number, whole=artist is artists[-1])
                         if not store.has_drawn(number, artist.name):
                             self._draw(shard, artist, pool)
-                    yield shard
+                        yield shard
 
-            overlap(drawn(), self._keep, judge, self._write)
+            overlap(drawn(), self._keep, judge, write)
         for artist in artists:
             artist.close()
         self.bar.close()
@@ -175,22 +187,30 @@ class _Run:
     def one_by_one(self, todo: Sequence[int]) -> None:
         """Each model alone in memory; pictures and scores wait on the disk."""
         store = self.store
+        undrawn = {name: [n for n in todo if not store.has_drawn(n, name)] for name in self.config.artists}
+        if any(undrawn.values()):  # what cannot be loaded is found now, not after days of drawing
+            for name in self.config.scorers:
+                self._scorer(name)
+                _free()
         for name, spec in self.config.artists.items():
-            if need := [number for number in todo if not store.has_drawn(number, name)]:
+            if need := undrawn[name]:
                 artist = Artist(name, spec, self.device)
                 with ThreadPoolExecutor(_ENCODERS) as pool:
                     overlap((self._draw(_Shard(number), artist, pool) for number in need), self._keep)
                 artist.close()
                 del artist
                 _free()
-        for name, judge in self.config.scorers.items():
+        for name in self.config.scorers:
             if need := [number for number in todo if not store.has_scores(number, name)]:
-                scorer = Scorer(name, judge, self.device)
+                scorer = self._scorer(name)
                 overlap((self._gather(_Shard(number)) for number in need), partial(self._score, scorer=scorer))
                 del scorer
                 _free()
         overlap((self._take_scores(self._gather(_Shard(number))) for number in todo), self._write)
         self.bar.close()
+
+    def _scorer(self, name: str) -> Scorer:
+        return Scorer(name, self.config.scorers[name], self.device, embeds=name == self.config.diversity)
 
     # --- the stages ------------------------------------------------------------------------------------------------
 
@@ -239,7 +259,9 @@ class _Run:
             return
         began = time.perf_counter()
         scores, comparisons = scorer.judge(shard.rows)
-        values = {"scores": scores, "comparisons": comparisons, "identity": scorer.identity}
+        values: dict[str, Any] = {"scores": scores, "comparisons": comparisons, "identity": scorer.identity}
+        if scorer.name == self.config.diversity:
+            values["distances"] = scorer.distances(shard.rows)
         self.store.put_scores(shard.number, scorer.name, values | {"seconds": time.perf_counter() - began})
 
     def _take_scores(self, shard: _Shard) -> _Shard:
@@ -250,6 +272,8 @@ class _Run:
                 row.scores[name] = values["scores"][number]
                 if values["comparisons"] is not None:
                     row.comparisons[name] = values["comparisons"][number]
+                if name == self.config.diversity:
+                    row.distances = values["distances"][number]
         return shard
 
     def _write(self, shard: _Shard) -> None:

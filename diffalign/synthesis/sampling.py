@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.encoding import warn_of_cut_prompts
 from ..errors import ConfigError
 from ..pipelines import PipelineAdapter, adapter_for
 from ..randomness import keyed_seed
@@ -96,6 +98,7 @@ def iterate_images(
     _check(prompts, seeds, steps, batch_size)
     adapter = adapter_for(pipeline)
     _check_parts(adapter)
+    warn_of_cut_prompts(adapter, dict.fromkeys(prompts))
     encoder = _PromptEncoder(adapter, prompts)
     cell = adapter.vae_scale_factor
     height, width = height or adapter.native_resolution, width or adapter.native_resolution
@@ -139,7 +142,8 @@ class _PromptEncoder:
         batch, denoiser = self.prompts[chosen], self.adapter.denoiser
         missing = list(dict.fromkeys(prompt for prompt in batch if prompt not in self.cache))
         if missing:
-            encoded = self.adapter.encode_prompts(missing)
+            with _errors_alone():  # of each prompt that is cut, diffusers prints all that it leaves out
+                encoded = self.adapter.encode_prompts(missing)
             for index, prompt in enumerate(missing):
                 self.cache[prompt] = {
                     name: tensor[index].to(denoiser.device, denoiser.dtype) for name, tensor in encoded.items()
@@ -149,6 +153,16 @@ class _PromptEncoder:
             if self.last_use[prompt] < chosen.stop:
                 self.cache.pop(prompt, None)
         return result
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 def _check(prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> None:

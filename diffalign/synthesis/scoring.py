@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import torch
 from PIL import Image
 
-from reward_models import PairwiseRewardModel, RewardModelError, load_reward_model
+from reward_models import RewardModelError, load_reward_model
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .candidates import Row
 from .config import RewardSpec
 
@@ -26,17 +28,24 @@ class Scorer:
         name: of its scores.
         spec: settings.
         device: where a model with weights runs.
+        embeds: whether :meth:`distances` will be asked for.
 
     Raises:
         ConfigError: there is no such model, or it lacks an option.
     """
 
-    def __init__(self, name: str, spec: RewardSpec, device: str) -> None:
+    def __init__(self, name: str, spec: RewardSpec, device: str, *, embeds: bool = False) -> None:
         self.name = name
         try:
             self.model: Any = load_reward_model(spec.model, device=device, **spec.options)
         except RewardModelError as error:
             raise ConfigError(f"reward_models: {error}") from error
+        only_pairs = not hasattr(self.model, "score") or getattr(self.model, "pairs_only", False)
+        self.pairs = spec.ask == "pairs" or (only_pairs and spec.ask is None)
+        if not hasattr(self.model, "compare" if self.pairs else "score"):
+            raise ConfigError(f"reward_models: {name} gives no {spec.ask}; leave `ask` out.")
+        if embeds and not hasattr(self.model, "embed"):
+            raise ConfigError(f"diversity: {name} has no `embed`; leave it out, or name one such as clip.")
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -50,7 +59,7 @@ class Scorer:
             Per row one score per candidate (NaN where unusable or missing), and, of a judge of pairs, its
             probabilities as in :class:`~.candidates.Row`.
         """
-        if isinstance(self.model, PairwiseRewardModel) and not hasattr(self.model, "score"):
+        if self.pairs:
             return self._compare(rows)
         places = [(row, number) for row in rows for number in row.usable]
         values = self._in_chunks(
@@ -88,11 +97,35 @@ class Scorer:
             comparisons.append(list(pairs.values()))
         return scores, comparisons
 
+    def distances(self, rows: Sequence[Row]) -> list[list[float]]:
+        """Cosine distances of the usable pictures of each row, by pairs as in :class:`~.candidates.Row`."""
+        places = [(row, number) for row in rows for number in row.usable]
+        size = int(getattr(self.model, "batch_size", 16))
+        parts = [
+            self.model.embed([picture(row, number) for row, number in places[start : start + size]]).cpu()
+            for start in range(0, len(places), size)
+        ]
+        found = iter(torch.cat(parts) if parts else ())
+        result = []
+        for row in rows:
+            own = [next(found) for _ in row.usable]
+            result.append([1 - float(a @ b) for a, b in combinations(own, 2)])
+        return result
+
     def _in_chunks(self, places: Sequence[Any], ask: Any) -> list[float]:
+        """One number for each place; a model of the user's own may answer anything."""
         size = _BATCHES * int(getattr(self.model, "batch_size", 16))
+        low, high = (0.0, 1.0) if self.pairs else (-sys.float_info.max, sys.float_info.max)
+        wanted = "probabilities from 0 to 1" if self.pairs else "finite scores"
         values: list[float] = []
         for start in range(0, len(places), size):
-            values += [float(value) for value in ask(places[start : start + size])]
+            chunk = places[start : start + size]
+            given = [float(value) for value in ask(chunk)]
+            if len(given) != len(chunk):
+                raise DataError(f"{self.name}: expected {len(chunk)} numbers, got {len(given)}.")
+            if wrong := [value for value in given if not (math.isnan(value) or low <= value <= high)]:
+                raise DataError(f"{self.name}: expected {wanted}, got {wrong[0]}.")
+            values += given
         return values
 
 

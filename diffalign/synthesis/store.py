@@ -20,9 +20,9 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 from datasets import Features, List, Value
@@ -58,6 +58,7 @@ _DRAWN = Features(
         "seconds": Value("float64"),
     }
 )
+_ATTEMPTS = 10
 _PATIENCE = 600.0  # seconds that a process waits for the first one to claim the folder
 
 
@@ -81,13 +82,35 @@ class Store:
         """Lock the folder and make sure that it belongs to a run with these settings.
 
         Raises:
-            ConfigError: another run is at work here, or the folder holds a run with other settings.
+            ConfigError: another run is at work here, or one that shares the work among another number of processes, or
+                the folder holds a run with other settings.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         with (self.work / f"lock-{self.process}").open("a+") as lock:
+            self._lock(lock)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, {self.process} of {self.processes}\n")
+            lock.flush()
+            if self._stranger() is not None:
+                time.sleep(0.5)  # one that has only just begun may not have written its number yet
+            if (stranger := self._stranger()) is not None:
+                raise ConfigError(
+                    f"another run is writing into {self.folder} ({stranger}), and this is {self.process} of "
+                    f"{self.processes}: with another number of processes both would draw the same pictures. Wait for "
+                    "it, or choose another output_dir."
+                )
+            self._claim(settings)
+            yield
+
+    def _lock(self, lock: TextIO) -> None:
+        for attempt in range(_ATTEMPTS):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except BlockingIOError as error:
+                if attempt < _ATTEMPTS - 1:
+                    time.sleep(0.05)  # it may be :meth:`is_running` of another process, which lets go at once
+                    continue
                 lock.seek(0)
                 raise ConfigError(
                     f"another run is writing into {self.folder} ({lock.read().strip() or 'unknown process'}). "
@@ -95,11 +118,17 @@ class Store:
                 ) from error
             except OSError as error:
                 log.warning("%s: no locks on this file system (%s); let no other run write there", self.folder, error)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-            self._claim(settings)
-            yield
+                return
+
+    def _stranger(self) -> str | None:
+        """A process at work here that shares the work among another number of processes."""
+        for lock in sorted(self.work.glob("lock-*")):
+            number = int(lock.name.removeprefix("lock-"))
+            if number != self.process and self.is_running(number, unknown=False):
+                said = lock.read_text().strip()
+                if not said.endswith(f" of {self.processes}"):
+                    return said
+        return None
 
     def _claim(self, settings: dict[str, Any]) -> None:
         file = self.folder / "settings.json"
@@ -123,13 +152,15 @@ class Store:
                 "Choose another output_dir, or remove the folder."
             )
 
-    def is_running(self, process: int) -> bool:
-        """Whether the process of this run with that number holds its lock."""
+    def is_running(self, process: int, *, unknown: bool = True) -> bool:
+        """Whether the process of this run with that number holds its lock; ``unknown`` where there are no locks."""
         try:
             with (self.work / f"lock-{process}").open("a+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return True
+        except OSError:
+            return unknown
         return False
 
     # --- finished shards -------------------------------------------------------------------------------------------
@@ -149,7 +180,7 @@ class Store:
                     aside = self.work / "damaged" / path.name
                     aside.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(aside)
-                file.unlink()
+                file.unlink(missing_ok=True)
                 return None
         return record
 
@@ -188,8 +219,10 @@ class Store:
             else:
                 path.unlink(missing_ok=True)
         write_json(self.folder / "shards" / f"{shard:05d}.json", {"files": files, **facts})
-        for place in (*self.work.glob(f"drawn/*/{shard:05d}.parquet"), *self.work.glob(f"scores/*/{shard:05d}.json")):
-            place.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # process 0 may be clearing up already
+            for pattern in (f"drawn/*/{shard:05d}.parquet", f"scores/*/{shard:05d}.json"):
+                for file in self.work.glob(pattern):
+                    file.unlink()
 
     # --- intermediate results --------------------------------------------------------------------------------------
 
@@ -290,6 +323,24 @@ def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_digest(path: Path) -> str:
+    """Tells one model's weights from another's: names, sizes and samples of its files, a few MB read in all.
+
+    Args:
+        path: a file, or the folder of a pipeline.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    found = [file for kind in ("*.safetensors", "*.bin") for file in sorted(path.rglob(kind))]
+    for file in [path] if path.is_file() else found:
+        size = file.stat().st_size
+        digest.update(f"{file.name if file == path else file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            for place in range(0, size, max(size // 64, 4096)):  # training changes every tensor
+                opened.seek(place)
+                digest.update(opened.read(4096))
     return digest.hexdigest()
 
 

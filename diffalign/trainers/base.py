@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import EncodedPreferences, Example, PreferenceDataset, curriculum, load_preferences, select_pairs
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..objectives import LossOutput
 from ..randomness import keyed_seed
 from .batches import Batch, Collator, RowStream, micro_batches
@@ -63,6 +63,14 @@ class PreferenceTrainer(TrainingLoop):
         total_steps = self.steps_of(len(self.examples))
         self._encode(total_steps)
         self.build_policy(temporary_reference=config.precompute_reference is not None)
+        if config.images_per_pass is not None and any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in self.denoiser.modules()
+        ):
+            raise ConfigError(
+                f"images_per_pass={config.images_per_pass} runs each image twice, and the dropout of this network "
+                "would differ between the two: set it to 0 in the network's configuration, or leave images_per_pass "
+                "out."
+            )
         self.precomputed: ReferenceErrors | None = None
         if self.reference is not None and config.precompute_reference is not None:
             self.precomputed = ReferenceErrors.build(self, config.precompute_reference)

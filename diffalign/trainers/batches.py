@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion import Schedule, draw_timestep
-from ..errors import ConfigError
+from ..diffusion import Schedule
 from ..randomness import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
+from .noise_levels import TimestepSampler
 
 if TYPE_CHECKING:
     from ..data import EncodedPreferences, Example
@@ -191,13 +191,7 @@ class Collator:
         self.draws_per_row = config.draws_per_row or config.precompute_reference
         self.schedule, self.config, self.device = schedule, config, device
         self.row_ids = encoded.row_ids
-        own = "logit_normal" if schedule.prediction_type == "flow" else "uniform"
-        self.density = own if config.timestep_density == "default" else config.timestep_density
-        if self.density == "uniform" and (config.density_mean, config.density_std) != (0.0, 1.0):
-            raise ConfigError(
-                "density_mean and density_std have no effect: this model's timesteps are drawn uniformly. Set "
-                "timestep_density=logit_normal, or leave them out."
-            )
+        self.timesteps = TimestepSampler(schedule, config)
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
         items = [self._item(draw) for draw in draws]
@@ -237,23 +231,11 @@ class Collator:
             "row_id": row_id,
             "latents": latents.float(),
             "noise": keyed_normal(shape, *key, "noise").expand(len(moments), *shape),
-            "timestep": self._timestep(key, shape[1:]),
+            "timestep": self.timesteps.draw(
+                keyed_generator(*key, "timestep"), shift=self.adapter.time_shift((shape[1], shape[2]))
+            ),
             "conditioning": self.encoded.unconditional() if dropped else item["conditioning"],
             "size_ids": item["size_ids"],
             "probability": example.probability,
             "preference": example.preference,
         }
-
-    def _timestep(self, key: tuple[int, int, str], latent_shape: tuple[int, ...]) -> int:
-        config = self.config
-        return draw_timestep(
-            self.schedule,
-            min_timestep=config.min_timestep,
-            max_timestep=config.max_timestep,
-            timesteps=config.timesteps,
-            generator=keyed_generator(*key, "timestep"),
-            density=self.density,
-            mean=config.density_mean,
-            std=config.density_std,
-            shift=self.adapter.time_shift((latent_shape[0], latent_shape[1])),
-        )

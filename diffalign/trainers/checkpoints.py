@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, is_disk_full
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -59,10 +59,13 @@ def write_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(output_dir)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not is_disk_full(error):
+            raise
+        why = "the disk is full" if isinstance(error, RuntimeError) else error
         raise CheckpointError(
-            f"could not write {final}: {error}. The checkpoints before it are untouched; free space or choose another "
+            f"could not write {final}: {why}. The checkpoints before it are untouched; free space or choose another "
             "output_dir, then continue with resume=latest."
         ) from error
     barrier()

@@ -62,6 +62,9 @@ class TrainingConfig:
         "same", "Precision of the frozen copy in full fine-tuning; `same` makes it equal the policy exactly at step 0."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
+    channels_last: bool = option(
+        False, "Lay a UNet's weights out with channels last: the same results up to rounding; meant for GPUs."
+    )
     attention: Literal["sdpa", "xformers", "eager"] = option("sdpa", "Attention kernel of policy and reference alike.")
     vae_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision in which images are encoded and decoded.")
     encode_batch_size: int = option(8, "Images or prompts encoded at once when the cache is filled.")
@@ -98,7 +101,25 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class PreferenceConfig(TrainingConfig):
+class NoiseLevelConfig(TrainingConfig):
+    """What the methods share that learn from denoising errors."""
+
+    # Noise levels
+    min_timestep: int = option(0, "Lowest timestep trained on (inclusive).")
+    max_timestep: int | None = option(None, "Highest timestep trained on (inclusive); None means the schedule's last.")
+    timestep_density: Literal["default", "uniform", "logit_normal", "shift"] = option(
+        "default", "How often each timestep is drawn. `default`: uniform, for flow models logit_normal."
+    )
+    density_mean: float = option(0.0, "Mean of logit_normal; above 0 prefers noisy timesteps.")
+    density_std: float = option(1.0, "Standard deviation of logit_normal.")
+    timesteps: list[int] = option([], "Train only on these timesteps, for example a Turbo model's 249, 499, 749, 999.")
+    loss_space: Literal["default", "native", "epsilon", "x0"] = option(
+        "default", "Space of the squared error. `default`: epsilon (beta keeps its meaning), for flow models native."
+    )
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig(NoiseLevelConfig):
     """What the methods share that learn from a table of ranked images."""
 
     takes_pairs: ClassVar[bool] = True  # or whole lists
@@ -136,21 +157,8 @@ class PreferenceConfig(TrainingConfig):
     )
     cache_dir: str | None = option(None, "Folder of encoded images and prompts; None means output_dir/cache.")
     cache_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "Precision of cached latents.")
-
-    # Noise levels
-    min_timestep: int = option(0, "Lowest timestep trained on (inclusive).")
-    max_timestep: int | None = option(None, "Highest timestep trained on (inclusive); None means the schedule's last.")
-    timestep_density: Literal["default", "uniform", "logit_normal", "shift"] = option(
-        "default", "How often each timestep is drawn. `default`: uniform, for flow models logit_normal."
-    )
-    density_mean: float = option(0.0, "Mean of logit_normal; above 0 prefers noisy timesteps.")
-    density_std: float = option(1.0, "Standard deviation of logit_normal.")
     draws_per_row: int | None = option(
         None, "Return to the same noise and timesteps after this many epochs; None draws anew each epoch."
-    )
-    timesteps: list[int] = option([], "Train only on these timesteps, for example a Turbo model's 249, 499, 749, 999.")
-    loss_space: Literal["default", "native", "epsilon", "x0"] = option(
-        "default", "Space of the squared error. `default`: epsilon (beta keeps its meaning), for flow models native."
     )
 
 
@@ -199,7 +207,12 @@ class SmPOConfig(PreferenceConfig):
     inversion_steps: int = option(10, "Steps of an inversion to the last timestep; 0 trains on random noise.")
     renoise: int = option(1, "ReNoise iterations per step; 0 is plain DDIM inversion.")
     inverter: Literal["reference", "policy"] = option(
-        "reference", "Model that inverts. The reference's inversions are cached; the policy's move with it."
+        "reference", "Model that inverts. The reference's inversions are cached if they come again; the policy's move."
+    )
+    inversion_buckets: int | None = option(
+        None,
+        "Cut the timesteps into this many equal buckets and invert to the middle of each only, so that an image's "
+        "cached inversions come again; needs sample_latents=false.",
     )
     sft_weight: float = option(0.0, "Weight of the winner's own error; beta/40 is a tenth of the pull at the start.")
 
@@ -261,8 +274,18 @@ class SelfNPOConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class PrefGRPOConfig(TrainingConfig):
+class PrefGRPOConfig(NoiseLevelConfig):
     """Pref-GRPO: the policy's own pictures, judged within groups of one prompt; also plain GRPO on scores."""
+
+    # What is learnt
+    objective: Literal["sampling", "matching"] = option(
+        "sampling",
+        "Raise the density of the sampling steps that drew a picture (DDPO, Flow-GRPO), or lower its denoising errors "
+        "in its place (AWM): far less noise in the gradient, deterministic rollouts, no gradient through guidance.",
+    )
+    matching_draws: int | None = option(
+        None, "`matching`: noise levels at which each picture is denoised in an update; None means 4."
+    )
 
     # Groups
     group_size: int = option(8, "Pictures of one prompt that are compared with each other.")

@@ -52,11 +52,12 @@ class Curves:
 
     Args:
         window: optimizer steps that most alarms look back on; ``LONG`` times as many are kept.
+        keep: keep at least as many.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, keep: int = 0) -> None:
         self.window = window
-        self.rows: deque[dict[str, float]] = deque(maxlen=LONG * window)
+        self.rows: deque[dict[str, float]] = deque(maxlen=max(LONG * window, keep))
         self.first_loss: float | None = None
 
     def add(self, metrics: Mapping[str, float]) -> None:
@@ -89,15 +90,16 @@ class HealthMonitor:
     Args:
         window: optimizer steps an alarm looks back on.
         checks: alarms by name; None means those of this file, to which a method may add its own.
+        keep: steps that some check of them looks back on, where those are many.
     """
 
-    def __init__(self, window: int = 50, checks: Mapping[str, Check] | None = None) -> None:
+    def __init__(self, window: int = 50, checks: Mapping[str, Check] | None = None, *, keep: int = 0) -> None:
         if window < 20:
             raise ValueError(f"window must be 20 steps or more, fewer say nothing; got {window}.")
-        self.window = window
+        self.window, self.keep = window, keep
         self.checks = dict(CHECKS if checks is None else checks)
         self.fired: list[Alarm] = []
-        self._curves = Curves(window)
+        self._curves = Curves(window, keep)
         self._quiet: dict[str, int] = {}  # active alarms, and for how many steps their cause has been gone
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
@@ -145,7 +147,7 @@ class HealthMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
-        self._curves = Curves(self.window)
+        self._curves = Curves(self.window, self.keep)
         self._curves.rows.extend(state["rows"])
         self._curves.first_loss = state["first_loss"]
         self._quiet = dict(state["quiet"])

@@ -14,22 +14,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..config_rules import check
+from ..data.files import write_whole
 from ..environment import code_commit
 from ..errors import CheckpointError, ConfigError, DivergenceError
 from ..pipelines import adapter_for, load_pipeline, save_lora, save_pipeline
+from ..pipelines.hub import model_licence
 from .checkpoints import find_checkpoint, load_trainable, save_trainable, write_checkpoint
 from .config import TrainingConfig
 from .health import HealthMonitor
@@ -43,6 +46,9 @@ from .validation import Validation
 
 log = logging.getLogger(__name__)
 TIMING = "time/"  # metrics that depend on the clock; kept out of metrics.jsonl
+#: How long processes wait for the one that draws validation pictures or is kept waiting by a judge. NCCL's own ten
+#: minutes would end a run on several GPUs that only takes its time.
+LONGEST_WAIT = timedelta(hours=3)
 
 
 class TrainingLoop(ABC):
@@ -83,7 +89,9 @@ class TrainingLoop(ABC):
         self.output_dir = Path(config.output_dir)
         self.checkpoint = find_checkpoint(self.output_dir, config.resume)
         self.dataset = self.load_dataset(train_dataset)
-        self.accelerator = accelerator or Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        )
         self.pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
         self.base_model = base_model or (
             pipeline if isinstance(pipeline, str) else str(self.pipeline.name_or_path or "")
@@ -224,7 +232,7 @@ class TrainingLoop(ABC):
             "alarms": self.health.raised,
         }
         if self.accelerator.is_main_process:
-            (self.output_dir / "training_report.json").write_text(json.dumps(self.report, indent=2))
+            write_whole(self.output_dir / "training_report.json", json.dumps(self.report, indent=2))
         self.save_model()
         if self.config.push_to_hub and self.accelerator.is_main_process:
             self.push_to_hub()
@@ -346,6 +354,7 @@ class TrainingLoop(ABC):
                 folder,
                 config=self.config,
                 base_model=self.base_model,
+                base_model_license=model_licence(self.base_model, ask_hub=self.config.push_to_hub),
                 pipeline_class=type(self.pipeline).__name__,
                 dataset=self.data_name,
                 examples=self.data_report()["examples"],

@@ -25,13 +25,18 @@ def prepare_policy(adapter: PipelineAdapter, config: TrainingConfig, device: tor
     are fp32 masters and autocast does the rest.
 
     Raises:
-        ConfigError: no module has a name in ``lora_targets``, or the pipeline already carries adapters.
+        ConfigError: no module has a name in ``lora_targets``, the pipeline already carries adapters, or
+            ``channels_last`` with a transformer.
     """
     denoiser = adapter.denoiser
     if getattr(denoiser, "peft_config", None):
         raise ConfigError(
             f"the pipeline already carries adapters ({', '.join(denoiser.peft_config)}); fuse them with "
             "pipeline.fuse_lora() and unload_lora_weights(), or load the pipeline anew."
+        )
+    if config.channels_last and adapter.denoiser_name != "unet":
+        raise ConfigError(
+            f"channels_last=true is for networks of convolutions, a {type(denoiser).__name__} is none: leave it out."
         )
     denoiser.requires_grad_(False)
     adapter.set_attention(config.attention)
@@ -40,6 +45,8 @@ def prepare_policy(adapter: PipelineAdapter, config: TrainingConfig, device: tor
     else:
         denoiser.to(device, DTYPES[config.mixed_precision])
         _add_adapter(denoiser, config, config.lora_targets or list(adapter.default_lora_targets))
+    if config.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     denoiser.train()

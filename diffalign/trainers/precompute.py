@@ -34,7 +34,7 @@ WITHOUT_EFFECT = frozenset(
     + ("weight_decay", "max_grad_norm", "ema_decay", "gradient_checkpointing", "cache_dir", "encode_batch_size")
     + ("save_every", "keep_checkpoints", "log_every", "trackers", "project_name", "progress_bar", "validate_every")
     + ("validation_prompts", "validation_steps", "validation_guidance", "alarms", "push_to_hub", "hub_model_id")
-    + ("hub_private", "beta", "images_per_pass")
+    + ("hub_private", "beta", "images_per_pass", "channels_last")
 )
 
 

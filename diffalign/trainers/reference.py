@@ -34,7 +34,8 @@ class Reference(ABC):
 
 
 class AdapterReference(Reference):
-    """The policy's own base weights: adapters are off inside the context, and on again after it, whatever happens.
+    """The policy's own base weights: adapters and dropout are off inside the context, and on again after it, whatever
+    happens.
 
     Args:
         denoiser: the unwrapped policy with at least one adapter.
@@ -48,7 +49,8 @@ class AdapterReference(Reference):
     def use(self, policy: nn.Module) -> Iterator[nn.Module]:
         self.denoiser.disable_adapters()
         try:
-            yield self.denoiser
+            with without_dropout(self.denoiser):
+                yield self.denoiser
         finally:
             self.denoiser.enable_adapters()
 
@@ -97,15 +99,22 @@ class InitialReference(Reference):
                 "with them beforehand is gone from the cache. Delete reference-errors.safetensors in output_dir to "
                 "compute all of it anew."
             )
-        was_training = self.denoiser.training
-        self.denoiser.eval()
-        try:
+        with without_dropout(self.denoiser):
             yield self.denoiser
-        finally:
-            self.denoiser.train(was_training)
 
     def release(self) -> None:
         self.denoiser = None
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[nn.Module]:
+    """A network in eval mode, and afterwards as it was: what is compared with, or inverted by, must not be random."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train(was_training)
 
 
 def build_reference(denoiser: nn.Module, config: TrainingConfig, *, temporary: bool = False) -> Reference:

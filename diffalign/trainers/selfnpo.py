@@ -67,7 +67,7 @@ class SelfNPOTrainer(TrainingLoop):
         )
         self.adapter.offload_encoders()
         self.stream = RowStream([(1,)] * len(self.dataset), self.global_batch, config.seed)
-        edge = config.resolution or self.adapter.native_resolution
+        edge = self.adapter.square_edge(config.resolution)
         cells = edge // self.adapter.vae_scale_factor
         self.latent_shape = (self.adapter.latent_channels, cells, cells)
         self.size_ids = torch.tensor([[edge, edge, 0, 0, edge, edge]], dtype=torch.float32)

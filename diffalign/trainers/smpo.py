@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Example, select_pairs, soften
 from ..data.cache import TensorCache
 from ..diffusion import invert
+from ..errors import DivergenceError
 from ..objectives import LossOutput, smpo_loss, with_sft
 from .base import PreferenceTrainer
 from .batches import Batch, Images
 from .config import SmPOConfig
 from .policy import DTYPES
+from .reference import without_dropout
+
+log = logging.getLogger(__name__)
 
 
 class SmPOTrainer(PreferenceTrainer):
@@ -28,8 +32,10 @@ class SmPOTrainer(PreferenceTrainer):
 
     Its noise is found, not drawn: each image is inverted to the pair's timestep, and the noise that the way there
     implies takes the place of the random one. Inversions by the reference are kept in the cache by content (image,
-    timestep, prompt, noise of the VAE's posterior), so that a draw that comes again costs nothing: see
-    ``draws_per_row``, ``precompute_reference`` and ``timesteps``.
+    timestep, prompt, noise of the VAE's posterior) in runs that need them again: where an image is in several pairs,
+    where draws return (``draws_per_row``, ``precompute_reference``), and where there are few timesteps
+    (``inversion_buckets``). A bucket's pairs are trained at its middle, to which their images were inverted, and not
+    at a timestep nearby.
     """
 
     method = "smpo"
@@ -61,39 +67,76 @@ class SmPOTrainer(PreferenceTrainer):
     def noised(self, batch: Batch) -> Batch:
         if self.config.inversion_steps == 0:
             return batch
+        batch = replace(batch, timesteps=self._bucketed(batch.timesteps))
         images, device = batch.images(), batch.noise.device
-        if self.config.inverter == "policy":
+        if not self.comes_again:
             return replace(batch, noise=self._invert(images).view(batch.noise.shape))
         cache, keys = self._cache(), _keys(images)
         missing = [i for i, key in enumerate(keys) if key not in cache]
+        fresh: dict[str, Tensor] = {}
         if missing:
-            noise = self._invert(images[torch.tensor(missing, device=device)]).to(DTYPES[self.config.cache_dtype])
-            cache.put({keys[i]: value.cpu() for i, value in zip(missing, noise, strict=True)})
-        noise = torch.stack([cache.get(key) for key in keys]).to(device, torch.float32)
+            found = self._invert(images[torch.tensor(missing, device=device)]).to(DTYPES[self.config.cache_dtype])
+            fresh = {keys[i]: value.cpu() for i, value in zip(missing, found, strict=True)}
+            cache.put({key: value for key, value in fresh.items() if bool(value.isfinite().all())})
+        noise = torch.stack([fresh[key] if key in fresh else cache.get(key) for key in keys]).to(device, torch.float32)
         return replace(batch, noise=noise.view(batch.noise.shape))
 
     def compute(self, policy_error: Tensor, reference_error: Tensor | None, batch: Batch) -> LossOutput:
         config = self.config
         assert reference_error is not None
         out = smpo_loss(policy_error, reference_error, batch.probability, beta=config.beta, gamma=config.gamma)
+        if config.inversion_steps > 0:
+            out.stats["noise/std"] = batch.noise.flatten(1).std(1)
         return with_sft(out, policy_error, config.sft_weight) if config.sft_weight else out
 
     def start(self, total_steps: int) -> None:
         super().start(total_steps)
+        config, epochs = self.config, self.total_steps * self.global_batch / len(self.examples)
+        inverts = config.inversion_steps > 0 and config.inverter == "reference"
+        if inverts and epochs > 1 and not self.comes_again:
+            log.warning(
+                "each epoch draws other timesteps and VAE noise, so that no inversion is needed twice. None is cached, "
+                "and a step costs several of DPO's. draws_per_row=m lets draws return after m epochs; "
+                "inversion_buckets=n with sample_latents=false leaves n inversions of an image."
+            )
         if self.inversions is not None:  # what other processes inverted for the precomputed reference
             self.inversions.flush()
             self.accelerator.wait_for_everyone()
             self.inversions.refresh()
 
+    @cached_property
+    def comes_again(self) -> bool:
+        """Whether an inversion of this run can be needed twice; a latent for each image and step is much to keep."""
+        config = self.config
+        few = not config.sample_latents and (config.inversion_buckets or config.timesteps)
+        shared = len({example.row for example in self.examples}) < len(self.examples)  # an image in several pairs
+        return config.inverter == "reference" and bool(self.collate.draws_per_row or few or shared)
+
+    def _bucketed(self, timesteps: Tensor) -> Tensor:
+        """Middle of each timestep's bucket; the buckets divide what is allowed."""
+        config, last = self.config, self.schedule.num_timesteps - 1
+        if config.inversion_buckets is None:
+            return timesteps
+        low, high = config.min_timestep, last if config.max_timestep is None else config.max_timestep
+        width = high - low + 1
+        count = min(config.inversion_buckets, width)
+        return low + (2 * ((timesteps - low) * count // width) + 1) * width // (2 * count)
+
     def _invert(self, images: Images) -> Tensor:
-        """Implied noise (N, C, h, w) of the images; without guidance, each under its own prompt."""
+        """Implied noise (N, C, h, w) of the images; without guidance, each under its own prompt.
+
+        NaN where the network's own output is not finite: so is the loss then, which stops all processes by the rows'
+        names and leaves a checkpoint.
+        """
         assert self.reference is not None
-        with self.reference.use(self.model) if self.config.inverter == "reference" else self._still() as module:
+        by_reference = self.config.inverter == "reference"
+        with self.reference.use(self.model) if by_reference else without_dropout(self.denoiser) as module:
 
             def predict(x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
                 return self.passes.predict(module, x, images[rows], time)
 
-            found = invert(
+            run = partial(
+                invert,
                 predict,
                 images.latents,
                 images.timesteps,
@@ -101,16 +144,10 @@ class SmPOTrainer(PreferenceTrainer):
                 steps=self.config.inversion_steps,
                 renoise=self.config.renoise,
             )
-        return found.noise
-
-    @contextmanager
-    def _still(self) -> Iterator[nn.Module]:
-        """The policy without dropout."""
-        self.denoiser.eval()
-        try:
-            yield self.denoiser
-        finally:
-            self.denoiser.train()
+            try:
+                return run().noise
+            except DivergenceError:
+                return run(guard=False).noise
 
     def _cache(self) -> TensorCache:
         """Inversions by this reference and these settings."""
@@ -119,6 +156,7 @@ class SmPOTrainer(PreferenceTrainer):
             config = self.config
             settings = {"reference": self.reference.identity, "steps": config.inversion_steps}
             settings |= {"renoise": config.renoise, "dtype": config.cache_dtype, "precision": config.mixed_precision}
+            settings |= {"reference_dtype": config.reference_dtype}
             name = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
             root = Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache"
             self.inversions = TensorCache(root / f"inversions-{name}", {"kind": "inversions", **settings})

@@ -8,6 +8,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,16 +144,23 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
             _cut(path, resumed_step)
-        self._stream = path.open("a", encoding="utf-8")
+        self._path, self._stream = path, path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line and hand it to the operating system, so that a killed process leaves it behind."""
         values = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps({"step": step, **values}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self._path}: {error.strerror or error}. The checkpoints are untouched; free space, "
+                "then continue with resume=latest."
+            ) from error
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # of a line that :meth:`write` has already said it could not write
+            self._stream.close()
 
 
 def check_trackers(names: Sequence[str]) -> None:

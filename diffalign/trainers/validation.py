@@ -182,7 +182,7 @@ def draw_validation(
         ConfigError: the VAE is gone, or the embeddings do not belong to the prompts.
     """
     _check(adapter, prompts, conditioning)
-    height, width = size or (adapter.native_resolution, adapter.native_resolution)
+    height, width = size or adapter.native_size
     shape = (adapter.latent_channels, height // adapter.vae_scale_factor, width // adapter.vae_scale_factor)
     work = [(row, seed) for row in range(len(prompts)) for seed in seeds]
     first = next(denoiser.parameters())

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -63,6 +63,8 @@ class Backend(Protocol):
 
     model: str
     revision: str | None
+    settings: dict[str, Any]
+    """What else may change an answer and is not in the request."""
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """An answer for each request, in order. What fails is said in ``Answer.error``, not raised."""

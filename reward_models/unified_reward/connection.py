@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import ipaddress
+import math
 import os
 import random
 import threading
@@ -50,7 +51,8 @@ class Connection:
         timeout: seconds for one attempt, from connecting to the last byte.
         retries: further attempts after a failure that may pass: no connection, a timeout, 429, 5xx, a broken reply.
         backoff: seconds before the first retry; doubled each time. The server's ``Retry-After`` goes before.
-        longest_wait: seconds; a server that asks for a longer wait gets no further attempt.
+        longest_wait: seconds; a server that asks for a longer wait gets no further attempt, and one that is silent
+            is left alone for so long.
         concurrency: requests under way at once, over all threads.
     """
 
@@ -78,6 +80,7 @@ class Connection:
         self.concurrency = concurrency
         self.attempts = 0
         """Requests sent so far, retries among them."""
+        self._silent_until = -math.inf
         self._headers = headers
         self._trust_env = not _is_loopback(url.host)  # no proxy stands between a machine and itself
         self._jitter = random.Random(0)  # its own stream: waiting must not move anyone's random numbers
@@ -87,8 +90,9 @@ class Connection:
     def exchange(self, calls: Sequence[Call]) -> list[Any]:
         """The JSON of each call's reply, or the :class:`Refused` that says why there is none.
 
-        After ``2 * concurrency + 2`` calls in a row without a reply the rest of ``calls`` is not tried: a dead server
-        costs a bounded time however much is asked of it. An interrupted caller takes his requests with him.
+        After ``2 * concurrency + 2`` calls in a row without a reply the rest of ``calls`` is not tried, and neither is
+        any other for ``longest_wait`` seconds: a dead server costs a bounded time however much is asked of it, in
+        whatever portions. An interrupted caller takes his requests with him.
         """
         loop = self._running()
         future = asyncio.run_coroutine_threadsafe(self._all(loop, calls), loop.events)
@@ -127,14 +131,18 @@ class Connection:
         async def one(call: Call) -> Any:
             nonlocal in_a_row
             async with loop.slots:
-                if in_a_row > 2 * self.concurrency + 1:
-                    return Refused(f"not asked: the {in_a_row} questions before it had no reply")
-                method, path, body = await asyncio.to_thread(call)
+                if in_a_row > 2 * self.concurrency + 1 or time.monotonic() < self._silent_until:
+                    return Refused(f"not asked: {2 * self.concurrency + 2} questions in a row had no reply")
                 try:
+                    method, path, body = await asyncio.to_thread(call)
                     reply = await self._patiently(loop.client, method, path, body)
                 except Refused as refused:
                     in_a_row += refused.again or refused.hopeless
+                    if in_a_row == 2 * self.concurrency + 2:
+                        self._silent_until = time.monotonic() + self.longest_wait
                     return refused
+                except ValueError as error:  # a text that is no Unicode, a number that is no JSON
+                    return Refused(f"cannot be sent: {error}")
                 in_a_row = 0
                 return reply
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..base import BaseRewardModel, source_hash
 from ..errors import RewardModelError
@@ -124,6 +125,7 @@ class UnifiedReward(BaseRewardModel):
         assert pair_form_found is not None  # every family judges pairs
         self.pair_form, self.point_form = pair_form_found, choose_form(known.point, point_form, point_prompt)
         self.second_try, self.seed, self.max_tokens, self.max_pixels = second_try, seed, max_tokens, max_pixels
+        self.pairs_only = self.point_form is None
         self._check_options()
         self.record = Path(record) if record else None
         self.batch_size = batch_size or (8 if backend == "local" else 256)
@@ -172,9 +174,10 @@ class UnifiedReward(BaseRewardModel):
         """Besides the model, all that may change an answer: forms, wording, mode, picture size, code."""
         forms = [form for form in (self.pair_form, self.point_form) if form]
         settings = [self.family, self.mode, self.dimension, self.seed, self.max_tokens, self.max_pixels]
-        settings += [self.second_try, *(form.text for form in forms)]
-        wording = hashlib.blake2b(json.dumps(settings).encode(), digest_size=6).hexdigest()
-        version = f"{'+'.join(form.name for form in forms)} {self.mode} {wording} {source_hash(parsers)}"
+        settings += [self.second_try, *(form.text for form in forms), self.backend.settings]
+        wording = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+        code = source_hash(parsers, type(self), type(self.backend))
+        version = f"{'+'.join(form.name for form in forms)} {self.mode} {wording} {code}"
         return {"id": self.backend.model, "revision": self.backend.revision, "code_version": version}
 
     def score_batch(self, images: list[Image.Image], prompts: list[str]) -> list[float | None]:
@@ -194,10 +197,11 @@ class UnifiedReward(BaseRewardModel):
         form = self._needs_points()
         return {name: _tensor([parsed.values.get(name) for parsed in answers]) for name in form.dimensions}
 
-    def compare(self, pairs: Sequence[tuple[Any, Any]], prompts: Sequence[str]) -> Tensor:
+    def compare(self, pairs: Sequence[tuple[Any, Any]], prompts: Sequence[str], *, progress: bool = False) -> Tensor:
         """(N,) fp32: the probability that the first of each pair is better; NaN where there is no judgement.
 
-        Both orders are asked here: callers need not swap. Two equal pictures are a tie without asking.
+        Both orders are asked here: callers need not swap. Two equal pictures are a tie without asking. ``progress``
+        shows a bar of pairs on the standard error output.
 
         Raises:
             RewardModelError: lists of different length, an unreadable picture, or a server that refuses all.
@@ -205,12 +209,15 @@ class UnifiedReward(BaseRewardModel):
         if isinstance(prompts, str) or len(pairs) != len(prompts):
             raise RewardModelError(f"expected a list with a prompt for each of {len(pairs)} pairs.")
         shares: list[float | None] = []
-        for start in range(0, len(prompts), self.batch_size):
-            chunk = pairs[start : start + self.batch_size]
-            if any(len(pair) != 2 for pair in chunk):
-                raise RewardModelError("expected pairs of two pictures.")
-            flat = self._pictures(to_pil([image for pair in chunk for image in pair], first=2 * start))
-            shares += self._judge(list(zip(flat[::2], flat[1::2], strict=True)), prompts[start : start + len(chunk)])
+        with tqdm(total=len(prompts), desc=self.name, unit="pair", disable=not progress) as bar:
+            for start in range(0, len(prompts), self.batch_size):
+                chunk = pairs[start : start + self.batch_size]
+                if any(len(pair) != 2 for pair in chunk):
+                    raise RewardModelError("expected pairs of two pictures.")
+                flat = self._pictures(to_pil([image for pair in chunk for image in pair], first=2 * start))
+                asked = prompts[start : start + len(chunk)]
+                shares += self._judge(list(zip(flat[::2], flat[1::2], strict=True)), asked)
+                bar.update(len(chunk))
         return _tensor(shares)
 
     def close(self) -> None:
@@ -260,12 +267,14 @@ class UnifiedReward(BaseRewardModel):
         again = [i for i, one in enumerate(parsed) if self.second_try and one.problem and not answers[i].error]
         second = [replace(requests[i], temperature=_SECOND_TEMPERATURE, seed=requests[i].seed + 1) for i in again]
         for i, answer in zip(again, self._answers(second, form), strict=True):
-            answers[i], parsed[i] = answer, self._parse(answer, form)
+            one = self._parse(answer, form)
+            if len(one.values) > len(parsed[i].values) or (answer.error and not parsed[i].values):
+                answers[i], parsed[i] = answer, one  # else the first, at temperature 0, says as much
         with self._lock:
             self.statistics.answers += len(unique)
             self.statistics.asked_again += len(again)
             self.statistics.inconsistent += sum(one.consistent is False for one in parsed)
-            self.statistics.failures.update(_reason(one.problem) for one in parsed if one.problem)
+            self.statistics.failures.update(_reason(one.problem) for one in parsed if self._number(one) is None)
             self._write(unique, answers, parsed)
             for question, answer, one in zip(unique, answers, parsed, strict=True):
                 known[question.key] = one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RewardModelError
+from ..weights import fingerprint
 from .backend import Answer, Request
 
 IMAGES = ("Image 1", "Image 2")
@@ -67,7 +69,13 @@ class LocalBackend:
         shown = (getattr(self.processor, kind, None) for kind in ("image_token", "video_token"))
         self._control = {token.content for token in added if token.special} | {str(token) for token in shown if token}
         self.batch_size, self.template_options = batch_size, template_options or {}
-        self.model, self.revision = str(model), revision or getattr(self.vlm.config, "_commit_hash", None)
+        self.model = str(model)
+        self.revision = revision or getattr(self.vlm.config, "_commit_hash", None) or _weights_hash(self.vlm)
+        self.settings = {
+            "dtype": str(dtype),
+            "template_options": self.template_options,
+            "transformers": version("transformers"),
+        }
         self._lock = threading.Lock()
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -190,6 +198,11 @@ class _Sampling:
                 noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
                 scores[row] = scores[row] / temperature + noise.to(scores)
         return scores
+
+
+def _weights_hash(model: torch.nn.Module) -> str | None:
+    """What identifies a checkpoint without a revision; None where parts of it are on a disk."""
+    return None if any(weight.is_meta for weight in model.parameters()) else fingerprint(model)
 
 
 def _extended(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:

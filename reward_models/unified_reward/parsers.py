@@ -16,10 +16,11 @@ OVERALL = "overall"
 DIMENSIONS = ("alignment", "coherence", "style")
 SUM_TOLERANCE = 0.02  # of two shares that have to add up to 1, as models round to two digits
 
-_DECORATION = r"[\s*_`#>~-]*"
+_DECORATION = r"[ \t*_`#>~-]*"  # within a line: a run that crosses lines would be read again from each of them
 _NUMBER = re.compile(r"[\s*_`]*([-+]?[0-9]+(?:\.[0-9]+)?)[\s*_`.,;|/)\]]*")
 _IMAGE = re.compile(r"image[\s*_`#]*([12])[\s*_`]*:", re.IGNORECASE)
 _VERDICTS = {"image 1 is better": 1.0, "image 2 is better": 0.0}
+_DENIAL = re.compile(r"\b(?:not?|nor|never|neither|cannot|t|doubt|hardly|wrong|false|whether|if|unless)\b")  # t: isn't
 _WINNERS = {"Image 1": 1.0, "Image 2": 0.0}
 
 
@@ -37,8 +38,8 @@ class Parsed:
 def parse_verdict(text: str) -> Parsed:
     """``Image 1 is better``, ``Image 2 is better`` or ``Both images are equally good`` somewhere in free text.
 
-    Exactly one of the three may occur; text before ``</think>`` is not read, and inside ``<answer>`` tags only what
-    the last complete pair holds.
+    Exactly one of the three may be said; one that its own clause denies or questions before ("I doubt that ...") is
+    not. Text before ``</think>`` is not read, and inside ``<answer>`` tags only what the last complete pair holds.
     """
     spoken = _spoken(text)
     if "<answer" in spoken.lower():
@@ -46,10 +47,7 @@ def parse_verdict(text: str) -> Parsed:
         if inside is None:
             return Parsed(problem="the <answer> tag is not closed")
         spoken = inside
-    words = _words(spoken)
-    found = [share for verdict, share in _VERDICTS.items() if re.search(rf"\b{verdict}\b", words)]
-    if re.search(r"\bequally good\b", words):
-        found.append(0.5)
+    found = [share for verdict, share in (_VERDICTS | {"equally good": 0.5}).items() if _is_said(verdict, spoken)]
     if len(found) != 1:
         return Parsed(problem="no verdict" if not found else "more than one verdict")
     return Parsed({OVERALL: found[0]})
@@ -141,6 +139,14 @@ def _answer(text: str) -> str | None:
 
 def _words(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", " ", text.casefold()).split())
+
+
+def _is_said(phrase: str, text: str) -> bool:
+    """Whether some clause holds the phrase with no denial before it; a phrase may run over a line's end."""
+    clauses = re.sub(r"[^\w\s|]|_", " ", re.sub(r"[.,:;!?\n]+", " | ", text.casefold()))
+    words = " ".join(clauses.split())
+    places = re.finditer(r"\b" + r" (?:\| )?".join(phrase.split()) + r"\b", words)
+    return any(not _DENIAL.search(words[: place.start()].rpartition("|")[2]) for place in places)
 
 
 def _number(region: str) -> float | None:

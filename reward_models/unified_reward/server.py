@@ -48,6 +48,7 @@ class ServerBackend:
         self.extra_body = extra_body or {}
         if template_options:
             self.extra_body = {"chat_template_kwargs": template_options, **self.extra_body}
+        self.settings = {"extra_body": self.extra_body}
         self.model, self.revision = model or self._only_model(), revision
         self._ever_answered = False
 
@@ -112,8 +113,8 @@ def _read(reply: Any, verdict: re.Pattern[str] | None) -> Answer:
         return Answer(error="the reply is no chat completion")
     if not isinstance(text, str):
         return Answer(error="the reply has no text")
-    if finish == "content_filter":
-        return Answer(error="the server filtered the answer")
+    if finish in ("content_filter", "abort", "error"):
+        return Answer(error=f"the server did not finish the answer: {finish}")
     weights = _weights(choice, text, verdict) if verdict else None
     return Answer(text, truncated=finish == "length", weights=weights)
 
@@ -134,13 +135,21 @@ def _weights(choice: dict[str, Any], text: str, verdict: re.Pattern[str]) -> tup
         for token, alternatives in tokens:
             start += len(token)
             if place and start > place.start():
-                listed = {str(other["token"]).strip(): float(other["logprob"]) for other in alternatives}
+                listed = [(str(other["token"]).strip(), float(other["logprob"])) for other in alternatives]
                 break
         else:
             return None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    if token.strip() not in ("1", "2") or not any(number in listed for number in "12"):
-        return None
-    weights = [listed.get(number, min(listed.values())) for number in "12"]
-    return (weights[0], weights[1]) if all(math.isfinite(weight) and weight <= 1e-6 for weight in weights) else None
+    numbers = {number: [weight for said, weight in listed if said == number] for number in "12"}
+    if token.strip() not in numbers or not any(numbers.values()) or not all(weight <= 1e-6 for _, weight in listed):
+        return None  # NaN is not below anything
+    smallest = min(weight for _, weight in listed)
+    first, second = (_log_sum(weights) if weights else smallest for weights in numbers.values())
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else None
+
+
+def _log_sum(weights: list[float]) -> float:
+    """Of several tokens for one number, such as "1" and " 1": their probability together."""
+    largest = max(weights)
+    return largest + math.log(sum(math.exp(weight - largest) for weight in weights)) if largest > -math.inf else largest

@@ -5,22 +5,27 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
 from diffalign import __version__
 from diffalign.cli import main
-from diffalign.cli.failures import is_disk_full, one_line
+from diffalign.cli.failures import one_line
 from diffalign.cli.tables import score_table
 from diffalign.config import load_job
-from diffalign.data import write_preferences
-from diffalign.errors import ConfigError, DivergenceError
+from diffalign.data import FEATURES, write_preferences
+from diffalign.errors import ConfigError, DivergenceError, is_disk_full
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,8 +134,6 @@ def test_a_good_table_passes_and_its_report_is_json(capsys: pytest.CaptureFixtur
 
 
 def test_a_bad_row_is_named_by_its_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    import pyarrow.parquet as parquet
-
     folder = table(tmp_path / "table")
     shard = next(folder.rglob("*.parquet"))
     content = parquet.read_table(shard)
@@ -231,6 +234,94 @@ def test_train_writes_settings_weights_and_report(job: Path, capsys: pytest.Capt
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ")  # below the bars of loading the model
     assert "resume=latest" in err.splitlines()[-1]
+
+
+def raw_table(folder: Path, **changes: Any) -> Path:
+    """Four rows as another program may have written them: unchecked, the third one changed."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"prompt {i}", "images": [png(2 * i), png(2 * i + 1)], "preference": [1.0, 0.0]} for i in range(4)
+    ]
+    rows[2] |= changes
+    for row in rows:
+        row["images"] = [{"bytes": data, "path": None} for data in row["images"]]
+    empty: dict[str, Any] = {"sources": [], "scores": [], "rank": None, "row_id": None}
+    folder.mkdir()
+    dataset = datasets.Dataset.from_list([empty | row for row in rows], features=FEATURES)
+    dataset.to_parquet(str(folder / "train-00000.parquet"))
+    return folder
+
+
+NAN = float("nan")
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "corrupt image": ({"images": [png(4), png(5)[:150]]}, r"row 2, images\[1\]: the image is damaged"),
+    "one image": ({"images": [png(4)], "preference": [1.0]}, "row 2, images: expected at least two images"),
+    "missing judgement": ({"preference": [1.0, NAN]}, r"row 2, preference\[1\]: expected a number, got NaN"),
+    "missing score": (
+        {"preference": None, "scores": [{"name": "judge", "values": [NAN, 0.5]}]},
+        r"row 2, scores\['judge'\]\[0\]: expected a number, got NaN",
+    ),
+    "no pixel to encode": ({"images": [png(4, 3), png(5, 3)]}, r"row 2, images\[0\]: 3 x 3 pixels is smaller than"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_ends_training_in_one_line_that_names_it(
+    kind: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, expected = BAD_ROWS[kind]
+    folder = raw_table(tmp_path / "table", **changes)
+    capsys.readouterr()
+    status, out, err = run(
+        capsys, "train", str(job / "job.yaml"), f"dataset={folder}", f"output_dir={tmp_path / 'out'}"
+    )
+    assert (status, out) == (1, "")
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and re.search(f"{folder}.*{expected}", line)
+    assert "Traceback" not in err
+
+
+def test_a_table_without_a_column_ends_training_in_one_line(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = raw_table(tmp_path / "table")
+    file = folder / "train-00000.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns(["preference", "rank", "scores"]), file)
+    status, _, err = run(capsys, "train", str(job / "job.yaml"), f"dataset={folder}", f"output_dir={tmp_path / 'out'}")
+    assert status == 1
+    assert re.fullmatch(
+        r"error: .*missing column one of preference, rank, scores; the table has .*", err.splitlines()[-1]
+    )
+
+
+def test_a_prompt_of_500_words_is_cut_and_said(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = raw_table(tmp_path / "table", prompt="word " * 500)
+    run_ok(capsys, "train", str(job / "job.yaml"), f"dataset={folder}", f"output_dir={tmp_path / 'out'}")
+    status, out, _ = run(capsys, "data", "check", str(folder))
+    assert status == 0 and "1 rows with a prompt of more than 75 words, which CLIP cuts: 2" in out
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_saving_ends_in_one_line_and_the_run_goes_on(job: Path, tmp_path: Path) -> None:
+    """A limit on file size stands for the disk: the optimizer's file is twice that of the weights."""
+    from tests.tiny import tiny_sdxl
+
+    limit = 6 * sum(parameter.numel() for parameter in tiny_sdxl().unet.parameters())
+    settings = [f"output_dir={tmp_path / 'out'}", "adapter=none", "lora_rank=16", "save_every=1"]
+    command = [sys.executable, "-m", "diffalign.cli", "train", str(job / "job.yaml"), *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def fill_the_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, preexec_fn=fill_the_disk, **options)
+    assert done.returncode == 1
+    assert re.match(r"error: could not write .*checkpoint-000001: the disk is full\.", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*checkpoint*")) + list((tmp_path / "out").glob(".*checkpoint*"))
+    done = subprocess.run([*command, "resume=latest"], **options)
+    assert done.returncode == 0 and "2 steps in" in done.stdout
 
 
 def run_ok(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

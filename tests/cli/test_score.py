@@ -207,16 +207,17 @@ def test_models_take_turns_and_agree_by_rank(tmp_path, capsys):
 
 
 class Slow(Brightness):
-    """Notes every picture it is asked for."""
+    """Notes every picture it is asked for, and says nothing any more after some."""
 
     name = "slow"
     notes: Path
-    seconds = 0.0
+    answers = 8
 
     def score_batch(self, images, prompts):
-        time.sleep(self.seconds)
         with self.notes.open("a") as file:
             file.write("x" * len(images))
+        if len(self.notes.read_text()) > self.answers:
+            time.sleep(3600)
         return super().score_batch(images, prompts)
 
 
@@ -226,19 +227,19 @@ def test_a_killed_command_continues_with_what_is_missing(tmp_path, monkeypatch, 
     monkeypatch.setattr(scores, "_AT_ONCE", 2)
     monkeypatch.setattr(scores, "_SAVE_EVERY", 0.0)
     monkeypatch.setattr(Slow, "notes", tmp_path / "asked", raising=False)
-    monkeypatch.setattr(Slow, "seconds", 0.5)
+    monkeypatch.setattr(Slow, "answers", 4)
     kept = tmp_path / "scores.parquet.parts" / "slow.json"
     first = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))  # spares the imports
     first.start()
-    while not kept.exists():
+    while not (Slow.notes.exists() and len(Slow.notes.read_text()) == 6):
         assert first.is_alive()
         time.sleep(0.02)
     first.kill()  # SIGKILL
     first.join()
     assert first.exitcode == -signal.SIGKILL and not output.exists()
     stored, before = len(json.loads(kept.read_text())["values"]), len(Slow.notes.read_text())
-    assert 2 <= stored < 8
-    monkeypatch.setattr(Slow, "seconds", 0.0)
+    assert (stored, before) == (4, 6)
+    monkeypatch.setattr(Slow, "answers", 100)
     assert run(capsys, *arguments[1:])[0] == 0
     assert len(Slow.notes.read_text()) - before == 8 - stored  # nothing that was kept is asked for again
     found = pq.read_table(output)["slow"].to_pylist()

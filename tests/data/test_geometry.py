@@ -46,7 +46,7 @@ def test_an_image_below_a_latent_cell_is_refused() -> None:
         plan([(64, 64), (7, 900)], 64, multiple=16, cell=8, where="row 3")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(sizes, min_size=1, max_size=4), positions, st.booleans())
 def test_every_crop_lies_inside_and_is_scaled_alike_in_both_directions(
     row: list[tuple[int, int]], position: tuple[float, float], aspect_buckets: bool

@@ -40,6 +40,16 @@ def test_contradictions_follow_the_named_policy(policy, probabilities) -> None:
     assert counts["contradictions"] == 1
 
 
+def test_a_tie_that_was_kept_is_decided_by_its_scores_and_contradicts_nothing() -> None:
+    table = rows(SCORES[:3])
+    table[2]["preference"] = [0.5, 0.5]  # scores say that the second is better
+    dataset = load_preferences(table)
+    for policy in ("undecided", "follow_scores", "drop"):
+        soft, counts = soften(select_pairs(dataset, ties="soft")[0], dataset, "clip", (0.0, 0.4), contradiction=policy)
+        assert counts["contradictions"] == 0
+        assert soft[2].probability == pytest.approx(1 / (1 + math.exp(0.1 / 0.4)))
+
+
 def test_only_the_width_and_the_difference_count() -> None:
     dataset = load_preferences(rows(SCORES))
     examples, _ = select_pairs(dataset)

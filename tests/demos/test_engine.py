@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -38,7 +38,7 @@ def test_a_picture_that_is_known_is_not_drawn_again(make_engine, ask):
     first = everything(engine, request)[0]
     with watched(engine.pool.pipeline(engine.specs["base"].base).unet, 2, lambda: calls.append(1), lambda share: None):
         again = everything(engine, request)[0]
-        assert not calls and again.path == first.path and again.seconds == 0 < first.seconds
+        assert not calls and again.path == first.path
         first.path.unlink()
         assert everything(engine, request)[0].path == first.path and calls  # a lost file is drawn anew
 
@@ -57,6 +57,12 @@ def test_a_picture_that_is_known_is_not_drawn_again(make_engine, ask):
         ({"steps": 11}, "1 to 10 steps"),
         ({"guidance": math.nan}, "guidance"),
         ({"guidance": 31.0}, "guidance"),
+        ({"prompts": (1,)}, "prompts as texts"),
+        ({"prompts": ("\ud800",)}, "half a character"),
+        ({"seeds": (0.5,)}, "seeds as whole numbers"),
+        ({"steps": "4"}, "steps as whole numbers"),
+        ({"side": 8.0}, "a size as whole numbers"),
+        ({"guidance": "3"}, "guidance as a number"),
         ({"side": 12}, "in steps of 8"),
         ({"side": 128}, "8 to 64 pixels"),
     ],
@@ -74,6 +80,8 @@ def test_models_are_checked_too(make_engine, ask):
         everything(engine, ask("base", "else"))
     with pytest.raises(CheckpointError, match="does not fit"):
         everything(engine, ask("base", "misfit"))
+    with pytest.raises(ConfigError, match="1 to 1 models, got 2"):
+        everything(make_engine(limits=Limits(models=1)), ask("base", "lora"))
     assert not engine.worker.busy
 
 
@@ -106,13 +114,35 @@ def test_cancelling_ends_the_job_within_a_step_and_frees_the_worker(make_engine,
     assert len(everything(engine, ask(), session)) == 2  # the next request of the page runs
 
 
+def test_a_new_job_does_not_revive_the_one_that_was_cancelled():
+    session = Session("page")
+    old = session.begin()
+    session.stop()
+    new = session.begin()  # before the old job looked up
+    with pytest.raises(StoppedError):
+        old()
+    new()
+
+
+def test_models_are_added_up_to_a_limit_and_limits_are_above_zero(make_engine):
+    engine = make_engine("base", limits=Limits(all_models=2))
+    engine.add(replace(engine.specs["base"], label="more"))
+    for label, message in (("more", "2 models already"), ("yet more", "2 models already")):
+        with pytest.raises(ConfigError, match=message):
+            engine.add(replace(engine.specs["base"], label=label))
+    with pytest.raises(ConfigError, match="two models"):
+        make_engine("base", "base")
+    with pytest.raises(ConfigError, match="the limit batch"):
+        Limits(batch=0)
+
+
 def test_closing_the_page_ends_its_job_and_lets_the_next_person_in(make_engine, ask):
     engine, outcome = make_engine(), []
     drawing, waiting = threading.Event(), threading.Event()
 
     def slow(share: float, text: str) -> None:
         drawing.set()
-        waiting.wait(5)
+        waiting.wait(300)
 
     def first() -> None:
         try:
@@ -122,22 +152,20 @@ def test_closing_the_page_ends_its_job_and_lets_the_next_person_in(make_engine, 
 
     thread = threading.Thread(target=first)
     thread.start()
-    assert drawing.wait(10)
+    assert drawing.wait(300)
     engine.sessions.close("first")
     waiting.set()
     assert len(everything(engine, ask(), engine.sessions["second"])) == 2
-    thread.join(10)
+    thread.join(300)
     assert outcome and len(engine.sessions) == 1
 
 
 def test_who_waits_and_leaves_does_not_block(make_engine, ask):
     engine, session = make_engine(), Session("waiting")
-    with engine.worker.turn(Session("busy")):
+    with engine.worker.turn(lambda: None):
         threading.Timer(0.2, session.stop).start()
-        began = time.perf_counter()
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoppedError):  # though the turn of the other is not over
             everything(engine, ask(), session)
-        assert time.perf_counter() - began < 5
 
 
 def test_a_caller_that_goes_away_between_pictures_holds_nothing(make_engine, ask):
@@ -154,6 +182,9 @@ def test_many_requests_leave_a_bounded_trace(make_engine, ask):
         session = engine.sessions[f"page {number}"]
         everything(engine, ask("base", seeds=(number,), steps=1, guidance=1.0), session)
     assert len(list(engine.pictures.glob("*.png"))) == 5
+    for number in range(9):
+        engine.save(bytes([number]))  # validation pictures of runs count too
+    assert len(list(engine.pictures.glob("*.png"))) == 5
     assert len(engine._known) <= 5 and len(engine.sessions) <= engine.sessions.limit
 
 
@@ -161,8 +192,10 @@ def test_sessions_beyond_the_limit_are_closed():
     sessions = Sessions(limit=2)
     first = sessions["a"]
     assert sessions["a"] is first and not first.closed
-    _ = sessions["b"], sessions["c"]
+    _ = sessions["b"], sessions["a"], sessions["c"]
+    assert not first.closed and len(sessions) == 2  # the least recently used goes
+    _ = sessions["d"]
+    _ = sessions["e"]
     assert first.closed and len(sessions) == 2
     with pytest.raises(StoppedError):
-        first.begin()
-        first.check()  # a closed page cannot begin again
+        first.begin()()  # a closed page cannot begin again

@@ -7,11 +7,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffalign.demo.models import ModelPool, parse_model, unique_labels
 from diffalign.errors import CheckpointError, ConfigError
+from diffalign.evaluation.lora import lora_loaded
 from diffalign.guidance import negative_guidance
 from diffalign.synthesis import generate_images
+from tests.demos.conftest import lora
+from tests.tiny import tiny_sdxl
 
 
 def drawn(pipeline):
@@ -33,6 +37,30 @@ def test_names_are_understood(weights, tmp_path):
     shutil.copytree(weights["lora"], run)
     (run / "config.yaml").write_text("method: dpo\nmodel: some/base\n")
     assert parse_model(str(run)).base == "some/base"  # the run knows what it was trained on
+
+
+def test_the_embedded_model_is_meant_wherever_the_demo_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    spec = parse_model("shapes")
+    assert (spec.kind, spec.source, len(spec.revision)) == ("pipeline", "shapes", 12)  # new weights are another model
+
+
+def test_paths_are_taken_as_people_write_them(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(weights["lora"], tmp_path / "out" / "lr=1e-4")
+    (tmp_path / "out" / "lr=1e-4" / "config.yaml").write_text("model: [unfinished")
+    assert parse_model("~/out/lr=1e-4", "some/base").kind == "lora"
+    monkeypatch.chdir(tmp_path / "out")
+    assert parse_model("lr=1e-4").label == "lr=1e-4"
+    for gone in ("gone", "a/b/c", "../out/gone"):
+        with pytest.raises(CheckpointError, match="no file or folder"):
+            parse_model(gone)
+    assert parse_model("owner/model").kind == "pipeline"
+    (tmp_path / "out" / "owner").mkdir()
+    with pytest.raises(CheckpointError, match="no file or folder"):  # a missing run beside others is no hub id
+        parse_model("owner/model")
 
 
 def test_other_weights_have_another_revision(weights, tmp_path):
@@ -82,6 +110,44 @@ def test_a_lora_is_switched_on_in_the_shared_base_and_off_again(weights):
         pass
     with pool.ready(plain) as pipeline:
         assert drawn(pipeline) == before
+
+
+def test_loras_stay_loaded_and_one_alone_acts(weights, tmp_path, monkeypatch):
+    """Each draws what it draws in a fresh base, in any order, beside checkpoints that need the plain layers."""
+    base, loads = str(weights["base"]), []
+    monkeypatch.setattr("diffalign.demo.models.KEPT_LORAS", 2)
+    monkeypatch.setattr(
+        "diffalign.demo.models.lora_loaded", lambda *given: loads.append(given[1]) or lora_loaded(*given)
+    )
+    specs = [parse_model(base)]
+    for number in range(3):
+        specs.append(parse_model(str(lora(tiny_sdxl(0), tmp_path / f"lora{number}")), base))
+    alone = []
+    for spec in specs:
+        with ModelPool(device="cpu").ready(spec) as pipeline:
+            alone.append(drawn(pipeline))
+    assert len(set(alone)) == 4
+    pool = ModelPool(device="cpu")
+    loads.clear()
+    for number in (1, 0, 2, 1, 2, 0, 0):
+        with pool.ready(specs[number]) as pipeline:
+            assert drawn(pipeline) == alone[number], number
+    assert len(loads) == 2  # neither again
+    whole = tmp_path / "run" / "checkpoint-000001"
+    whole.mkdir(parents=True)
+    save_file({"conv_out.bias": 2 * pipeline.unet.conv_out.bias.detach()}, whole / "trainable.safetensors")
+    (whole / "training_config.json").write_text(json.dumps({"adapter": "none"}))
+    for number in (3, 2, 0, 1):  # a third one: the two go
+        with pool.ready(specs[number]) as pipeline:
+            assert drawn(pipeline) == alone[number], number
+        with pool.ready(parse_model(str(whole), base)) as pipeline:
+            assert drawn(pipeline) != alone[0]
+            assert not any("base_layer" in name for name, _ in pipeline.unet.named_parameters())
+    with pytest.raises(CheckpointError, match="does not fit"), pool.ready(parse_model(str(weights["misfit"]), base)):
+        pass
+    for number in (0, 1):
+        with pool.ready(specs[number]) as pipeline:
+            assert drawn(pipeline) == alone[number], number
 
 
 def test_a_negative_model_guides_and_leaves(weights):

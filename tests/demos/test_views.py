@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,11 +37,12 @@ def test_win_rates_compare_equal_cells_alone():
     assert standing.rate.mean == 2.5 / 4 and standing.difference == pytest.approx(0.05)
     tally.add(("p", 0), "prompt 0", "tuned", {"score": 0.0})  # drawn again: replaced, not counted twice
     assert tally.standings("score", ["base", "tuned"])[0].wins == 1
-    assert tally.scores() == ["score"]
+    assert tally.scores() == ["score"] and tally.models() == {"base", "tuned"}
     small = Tally(limit=3)
     for seed in range(10):
         small.add(seed, "p", "base", {})
-    assert len(small) == 3
+        small.add(0, "p", "base", {"kept": 1.0})  # drawn again: the newest, not the oldest
+    assert len(small) == 3 and small.scores() == ["kept"]
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def pictures(tmp_path: Path) -> list[Picture]:
         for seed in (0, 1):
             path = tmp_path / f"{len(made)}.png"
             Image.new("RGB", (8, 8), (len(made) * 20, 0, 0)).save(path)
-            made.append(Picture(model, "a <i>cat</i> 'x'", seed, path, {"score": score, "none": math.nan}))
+            made.append(Picture(model, "a <i>cat</i> 'x'", seed, path, (8, 8), {"score": score, "none": math.nan}))
     return made
 
 
@@ -60,6 +63,7 @@ def test_sheets_have_words_for_every_picture_and_escape_what_people_typed(pictur
     assert page.count("<img ") == page.count(" alt='") == 4
     assert "<i>cat" not in page and "<b>tuned" not in page and "'x'" not in page
     assert page.count("★") == 2 and page.count("class='best'") == 2 and "–" in page
+    assert "No picture: black" in render_sheet([replace(pictures[0], problem="black")], ask, view)
     pictures[0].path.unlink()
     assert "no longer kept" in render_sheet(pictures, ask, view)
     assert render_sheet([], ask, view) == ""
@@ -104,13 +108,32 @@ def test_runs_are_found_read_and_fenced_in(tmp_path):
     drawing = curve_charts(run.curves())
     assert drawing.count("<figure>") == 2 and "loss from 1 to 0.2 at step 4" in drawing
     assert "still going" in run.verdict() and run.checkpoints() == run.grids() == {}
+    assert drawing.count("<polyline") == 2 and drawing.count('r="2"') == 5 + 4  # the step without a value is bridged
     alarms = [{"name": "x", "message": "the winner's error rises.", "step": 3}]
     (first / "training_report.json").write_text(json.dumps({"steps": 5, "alarms": alarms}))
     assert "with 1 alarm at step 3: the winner's error rises." in run.verdict()
     (first / "config.yaml").write_text("model: shapes\n")
     assert run.settings() == "model: shapes\n"
     with pytest.raises(ConfigError, match="no checkpoint"):
-        run.spec("step 7", "shapes")
+        run.specs(["start", "step 7"], "shapes")
+
+
+def test_an_online_run_has_its_own_curves():
+    steps = [1, 2, 3]
+    holdout = {f"holdout/{name}": (steps, [0.0, math.nan, 0.25]) for name in ("clip", "clip_change", "clip_error")}
+    judge = {"reward/a <b>/ties": (steps, [0.5] * 3), "reward/a <b>/missing": (steps, [math.nan] * 3)}
+    drawing = curve_charts(holdout | judge | {"clip_share": (steps, [0.1] * 3), "group/diversity": (steps, [1.0] * 3)})
+    assert "clip change from 0 to 0.25 at step 3" in drawing and "clip error" not in drawing
+    assert drawing.count("<figure>") == 4 and "a &lt;b&gt;/ties" in drawing and "missing from" not in drawing
+
+
+def test_a_run_of_whole_models_starts_from_its_base_not_from_its_end(weights, tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(f"model: {weights['base']}\n")
+    shutil.copytree(weights["other"], run / "final")
+    specs = Runs(tmp_path)["run"].specs(["start", "final"], "shapes")
+    assert specs["start"].source == str(weights["base"]) and specs["final"].source == str(run / "final")
+    assert list(specs) == [spec.label for spec in specs.values()] == ["start", "final"]
 
 
 def test_long_curves_are_thinned(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -62,7 +63,9 @@ def test_names_stay_hidden_until_the_vote(make_engine, ask):
     assert "base" in shown and "lora" in shown and "your choice" in shown
 
 
-def test_sides_prompts_and_seeds_are_shuffled(make_engine, ask):
+def test_sides_prompts_and_seeds_are_shuffled(make_engine, ask, monkeypatch):
+    numbers = iter(range(10))  # of the ballots, in place of what the system's randomness gives
+    monkeypatch.setattr("diffalign.demo.votes._ballot_id", lambda: f"ballot-{next(numbers)}")
     engine = make_engine("base", "lora")
     session = engine.sessions["page"]
     request = ask(prompts=("a cat", "a dog"), steps=1, guidance=1.0)
@@ -132,6 +135,28 @@ def test_another_file_in_the_folder_is_no_vote(make_engine, ask, book, caplog):
     assert len(book.votes()) == 1 and "is no vote" in caplog.text
 
 
+def test_a_label_that_is_another_models_name_does_not_merge_the_two(make_engine, ask, book):
+    engine = make_engine("base", "lora")
+    session = engine.sessions["page"]
+    book.cast(session, draw_ballot(engine, ask(), session).id, "left")
+    base, tuned = engine.specs.values()
+    full = f"{base.identity} ({base.revision})"
+    renamed = replace(tuned, label=full)  # this server gives the LoRA the name that the base has in the votes
+    (game,) = book.games(models=[renamed])
+    assert {game.first, game.second} == {full, f"{tuned.identity} ({tuned.revision})"}
+    assert {name for g in book.games(models=[base, tuned]) for name in (g.first, g.second)} == {"base", "lora"}
+    assert len(rate_models(book.games(models=[renamed]))) == 2
+
+
+def test_a_row_of_one_model_alone_is_no_vote(make_engine, ask, book, caplog):
+    engine = make_engine("base", "lora")
+    session = engine.sessions["page"]
+    ballot = draw_ballot(engine, ask(), session)
+    session.keep(replace(ballot, specs=(ballot.specs[0],) * 2))
+    book.cast(session, ballot.id, "left")
+    assert book.votes() == [] and "one model" in caplog.text
+
+
 def test_exports_in_both_layouts(make_engine, ask, book, tmp_path):
     engine = make_engine("base", "lora")
     session = engine.sessions["page"]
@@ -150,14 +175,20 @@ def test_exports_in_both_layouts(make_engine, ask, book, tmp_path):
 
 
 def test_the_same_model_twice_gives_nothing_to_choose(make_engine, ask, pool, weights):
-    from dataclasses import replace
-
     engine = make_engine("base")
     engine.add(replace(engine.specs["base"], label="twin"))
     with pytest.raises(ConfigError, match="very same pictures"):
         draw_ballot(engine, ask("base", "twin"), engine.sessions["page"])
-    with pytest.raises(ConfigError, match="2 to 4 models"):
+    with pytest.raises(ConfigError, match="between two models"):
         draw_ballot(engine, ask("base"), engine.sessions["page"])
+
+
+def test_a_picture_that_is_none_is_not_voted_on(make_engine, ask, monkeypatch):
+    engine = make_engine("base", "lora")
+    drawn = engine._draw_new
+    monkeypatch.setattr(engine, "_draw_new", lambda *given: [replace(p, problem="not finite") for p in drawn(*given)])
+    with pytest.raises(ConfigError, match="One of the two pictures is none"):
+        draw_ballot(engine, ask(), engine.sessions["page"])
 
 
 def test_a_pair_whose_pictures_are_gone_is_said_to_be(make_engine, ask, book):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ def test_known_shapes_of_the_densities():
     # a shifted logit-normal is one with another mean; a shift of 1 changes nothing
     assert torch.allclose(timestep_probabilities(1000, "shift"), timestep_probabilities(1000, "uniform"))
     assert (timestep_probabilities(1000, "shift", shift=3.0) * place).sum() > 600
+
+
+@pytest.mark.parametrize("options", [{}, {"density": "logit_normal", "mean": 0.5}, {"min_timestep": 500}])
+def test_strata_cut_the_density_into_parts_of_equal_probability(options):
+    parts = [draws(300, seed=i, stratum=(i, 4), **options) for i in range(4)]
+    assert all(max(low) <= min(high) + 1 for low, high in pairwise(parts))  # a timestep on a cut may be in both
+    free = sorted(draws(1200, **options))
+    for i, part in enumerate(parts):
+        mean = sum(free[300 * i : 300 * (i + 1)]) / 300
+        assert sum(part) / 300 == pytest.approx(mean, abs=25)
+    turbo = [999, 749, 499, 249]  # a list is cut in order of its timesteps, whatever order it is written in
+    assert [draws(3, timesteps=turbo, stratum=(i, 4)) for i in range(4)] == [[t] * 3 for t in reversed(turbo)]
 
 
 def test_shift_is_the_spacing_of_the_scheduler():

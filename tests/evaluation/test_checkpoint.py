@@ -43,7 +43,7 @@ def test_the_last_checkpoint_draws_what_the_final_weights_draw(tmp_path, adapter
     first, last = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert is_checkpoint(last) and not is_checkpoint(tmp_path)
     final, base = tmp_path / "run" / "final", tiny_sdxl()
-    before = drawn(base)
+    before, layers = drawn(base), [name for name, _ in base.unet.named_modules()]
     with checkpoint_loaded(base, last):
         found = drawn(base)
     if adapter == "lora":
@@ -54,6 +54,7 @@ def test_the_last_checkpoint_draws_what_the_final_weights_draw(tmp_path, adapter
     with checkpoint_loaded(base, first):
         assert drawn(base) not in (found, before)
     assert drawn(base) == before != found
+    assert [name for name, _ in base.unet.named_modules()] == layers
     with pytest.raises(CheckpointError, match="does not fit"), checkpoint_loaded(tiny_sd(), last):
         pass
     broken = shutil.copytree(last, tmp_path / "broken")

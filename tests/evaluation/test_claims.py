@@ -76,6 +76,9 @@ def test_runs_of_one_method_get_their_mean_with_an_interval_over_seeds(write):
     last = [line for line in claims_table(runs, scores=["red"]).splitlines() if line.startswith("| dpo")][-1]
     assert "mean of 3" in last and "+0.200 [-0.048, +0.448]†" in last  # 4.303 x 0.1 / sqrt(3)
     assert "mean of" not in claims_table([runs[0], write("again", training_seed=0)])
+    apart = write("apart", training_seed=3, sampling={"steps": 12, "guidance": 7.0})
+    assert "mean of" not in claims_table([runs[0], apart])  # two guidance scales have no common mean
+    assert "mean of 3" in claims_table([*runs, apart])
 
 
 def test_latex_is_escaped_and_whole(write):

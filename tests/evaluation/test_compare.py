@@ -82,12 +82,13 @@ def gap(first, second):
 def test_a_lora_folder_is_compared_on_one_loaded_base_which_is_left_as_it_was(lora_folder):
     folder, expected = lora_folder
     pipeline = tiny_sdxl()
-    plain = draw(pipeline)
+    plain, layers = draw(pipeline), [name for name, _ in pipeline.unet.named_modules()]
     result = compare(pipeline, folder, PROMPTS, SEEDS, SCORERS, sampling=SAMPLING)
     assert gap(result.base_pictures, plain) <= 1
     assert gap(result.aligned_pictures, expected) <= 1
     assert gap(plain, expected) > 3
     assert gap(draw(pipeline), plain) == 0
+    assert [name for name, _ in pipeline.unet.named_modules()] == layers  # no wrappers of peft's stay
     assert result.results["red"].n == 6
     assert (result.results["is_dark"].n, result.results["is_dark"].missing) == (4, 2)
 
@@ -185,13 +186,14 @@ def test_evaluate_takes_a_whole_pipeline(base_folder, tmp_path):
         ({"prompts": "shapes:heldouts"}, ConfigError, "shapes:heldout"),
         ({"reward_models": ["nothing"]}, ConfigError, "nothing"),
         ({"seeds": 0}, ConfigError, "seeds"),
+        ({"guidance": [3.0, float("nan")]}, ConfigError, "guidance"),
         ({"reward_models": []}, ConfigError, "reward models"),
     ],
 )
 def test_bad_input_is_one_clear_error(changes, error, word, lora_folder, base_folder, tmp_path):
     given = {"model": str(base_folder), "aligned": lora_folder[0], "prompts": ["a"], "reward_models": SCORERS} | changes
     with pytest.raises(error, match=word):
-        evaluate(output_dir=tmp_path / "out", steps=1, guidance=1.0, device="cpu", **given)
+        evaluate(output_dir=tmp_path / "out", steps=1, device="cpu", **({"guidance": 1.0} | given))
     assert not (tmp_path / "out" / "report.json").exists()
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffalign.errors import ConfigError, DataError
+from diffalign.evaluation.compare import compare_judged
 from diffalign.evaluation.graders import (
     GENEVAL_COLORS,
     Detection,
@@ -25,6 +26,8 @@ from diffalign.evaluation.graders import (
     relations,
 )
 from diffalign.evaluation.judges import ClipColors, Mask2FormerDetector, ServerPointJudge
+from diffalign.evaluation.panel import Panel
+from diffalign.evaluation.pictures import SamplingSettings
 from diffalign.evaluation.prompt_sets import Point
 from diffalign.shapes import parse
 from diffalign.shapes.checker import read
@@ -63,6 +66,8 @@ def test_only_the_surest_are_asked_for_their_colour():
     found = [box("car", 0, 0, confidence=0.4, color="red"), box("car", 50, 0, confidence=0.9, color="blue")]
     assert not is_right(entry("colors", {"class": "car", "count": 1, "color": "red"}), found, BLANK)
     assert is_right(entry("colors", {"class": "car", "count": 1, "color": "blue"}), found, BLANK)
+    two = entry("colors", {"class": "car", "count": 2, "color": "red"})
+    assert not is_right(two, found, BLANK) and is_right(two, [found[0], box("car", 9, 9, color="red")], BLANK)
     with pytest.raises(DataError, match="tells no colours"):
         is_right(entry("colors", {"class": "car", "count": 1, "color": "red"}), [box("car", 0, 0)], BLANK)
 
@@ -75,6 +80,10 @@ def test_positions_look_at_centres_and_leave_out_what_is_too_near():
     position = entry("position", {"class": "b", "count": 1}, {"class": "a", "count": 1, "position": ["left of", 0]})
     assert is_right(position, [box("a", 0, 0), box("b", 50, 0)], BLANK)
     assert not is_right(position, [box("a", 50, 0), box("b", 0, 0)], BLANK)
+    third = {"class": "c", "count": 1, "position": ["left of", 1]}  # of the second part, not of the first
+    parts = entry("position", {"class": "b", "count": 1}, {"class": "a", "count": 1}, third)
+    assert is_right(parts, [box("b", 0, 0), box("a", 80, 0), box("c", 40, 0)], BLANK)
+    assert not is_right(parts, [box("b", 80, 0), box("a", 0, 0), box("c", 40, 0)], BLANK)
 
 
 def test_the_rule_agrees_with_the_checker_on_drawn_shapes():
@@ -87,6 +96,27 @@ def test_the_rule_agrees_with_the_checker_on_drawn_shapes():
     ]
     assert grader.grade([picture, picture], items) == [[1.0], [0.0]]
     assert grader.dimensions(items[0]) == ["position"] and isinstance(grader, Grader)
+
+
+def test_a_graders_answers_are_compared_by_its_own_dimensions_and_by_the_tasks_of_the_prompts():
+    """Six prompts of two points: the base is right on the first point, the aligned model on both; one is not judged."""
+    white, black = Image.new("RGB", (8, 8), "white"), Image.new("RGB", (8, 8))
+    prompts = [f"prompt {i}" for i in range(6)]
+
+    def judge(images, asked, points):
+        right = ["[1, 1]" if image.getpixel((0, 0))[0] else "[1, 0]" for image in images]
+        return [None if text == "prompt 5" else f"<score>{r}</score>" for text, r in zip(asked, right, strict=True)]
+
+    panel = Panel(prompts, [], UniGenBenchGrader(judge), [(prompt, POINTS) for prompt in prompts])
+    base, aligned = panel.judge([black] * 6), panel.judge([white] * 6)
+    tasks = ["one", "two"] * 3
+    found = compare_judged(prompts, [0], base, aligned, panel, sampling=SamplingSettings(), tasks=tasks)
+    task = found.by_task["unigenbench"]
+    assert (task.base.overall.mean, task.aligned.overall.mean, task.difference.mean) == (0.5, 1.0, 0.5)
+    assert {name: d.value for name, d in task.base.dimensions.items()} == {"Style": 1.0, "Attribute": 0.0}
+    assert task.base.missing == pytest.approx(1 / 6) and task.base.lower == pytest.approx(5 / 12)
+    assert found.base_scores["unigenbench"][:5] == [0.5] * 5 and np.isnan(found.base_scores["unigenbench"][5])
+    assert (found.results["unigenbench"].n, found.results["unigenbench"].difference.mean) == (5, 0.5)
 
 
 def test_a_picture_the_detector_cannot_judge_is_missing():

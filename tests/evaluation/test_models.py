@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,7 @@ def test_names_paths_and_options_are_read(tmp_path):
         (["a?alpha=1"], "negative=PATH, which is missing"),
         (["a?negative=b&alpha=x"], "must be a number"),
         (["..=a"], "plain word"),
+        (["seed=a"], "a key of pairs.jsonl"),
     ],
 )
 def test_bad_models_are_refused(texts, word):
@@ -138,6 +140,10 @@ def test_roles_come_from_the_run_or_its_table(place, tmp_path):
     write_preferences(rows, tmp_path / "table")
     save_run(tmp_path / "run", 3, dataset=str(tmp_path / "table"))
     assert read_training(tmp_path / "run").trained_on == ("shapes",)
+    voted = [replace(rows[0], scores={"vote": [1.0, 0.0], "shapes": [0.0, 1.0]})]  # a person decided, not the scorer
+    write_preferences(voted, tmp_path / "votes")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "dataset": str(tmp_path / "votes")}))
+    assert read_training(tmp_path / "run").trained_on == ("vote",)
     assert [role(name, ("shapes",)) for name in ("shapes", "shapes-strict", "clip")] == [
         "trained-on",
         "related",

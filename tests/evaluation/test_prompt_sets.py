@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffalign.errors import ConfigError, DataError
+from diffalign.evaluation import prompts
 from diffalign.evaluation.prompt_sets import LOADERS, Point
 from diffalign.evaluation.prompts import read_prompt_set, read_prompts
 
@@ -24,8 +25,9 @@ COUNTING = {
     "exclude": [{"class": "bench", "count": 3}],
     "prompt": "a photo of two benches",
 }
+POSITION = {"class": "bench", "count": 1, "position": ["left of", 0]}  # of itself
 POINTS = {"Testpoints": ["Style", "Attribute - Color"], "Testpoint Description": ["ink wash", "a red hat"]}
-POINTS_ZH = {"考点": ["风格", "属性-数量"], "考点对应描述": ["水墨画", "两只熊猫"]}
+POINTS_ZH = {"考点": ["风格", "属性-数量", "关系-3-D"], "考点对应描述": ["水墨画", "两只熊猫", "前后"]}
 
 
 def csv_json(content: dict) -> str:
@@ -84,6 +86,9 @@ def test_compbench_takes_its_validation_files(tmp_path):
         "near": "3d_spatial",
     }
     assert read_prompt_set(f"t2i-compbench:{tmp_path / 'color_train.txt'}").prompts == ["no"]
+    (tmp_path / "shape_val.txt").write_text("a red car\n")  # again, under a later task
+    again = read_prompt_set(f"t2i-compbench:{tmp_path}")
+    assert again.tasks[again.prompts.index("a red car")] == "color" and "shape" not in again.tasks
 
 
 def test_unigenbench_has_points_in_english_and_chinese(tmp_path):
@@ -94,6 +99,7 @@ def test_unigenbench_has_points_in_english_and_chinese(tmp_path):
     assert [p.dimension for p in read_prompt_set(f"unigenbench:{tmp_path / 'zh.csv'}").items[0][1]] == [
         "风格",
         "属性 - 数量",
+        "关系 - 3-D",
     ]
 
 
@@ -108,6 +114,15 @@ def test_the_built_in_sets_have_tasks():
     assert read_prompt_set(["a cat"]).tasks is None
 
 
+def test_more_built_in_prompts_than_there_are_is_one_sentence(monkeypatch):
+    def few(count, seed, **options):
+        raise ValueError("the shapes world has fewer; ask for fewer.")
+
+    monkeypatch.setattr(prompts, "sample_captions", few)  # counting them all takes a minute
+    with pytest.raises(ConfigError, match="ask for fewer"):
+        read_prompts("shapes:heldout", limit=20_000)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "word"),
     [
@@ -116,6 +131,10 @@ def test_the_built_in_sets_have_tasks():
         ("hpdv2", "{}", "expected a JSON list"),
         ("pickapic", "no parquet", "Parquet with the column 'caption'"),
         ("geneval", '{"prompt": "x"}\n', "line 1: expected an object with tag"),
+        ("geneval", json.dumps(COUNTING | {"include": [{"class": "bench"}]}), "line 1: expected parts with class and"),
+        ("geneval", json.dumps(COUNTING | {"exclude": ["bench"]}), "line 1: expected parts with class and count"),
+        ("geneval", json.dumps(COUNTING | {"include": [POSITION]}), "number of an earlier part"),
+        ("parti", "Prompt\tCategory\n" + "x" * 200_000 + "\ty\n", "as a table"),
         ("dpg", "x", "folder of .txt"),
         ("unigenbench", 'index,prompt_en,sub_dims_en\n0,x,"{}"\n', "row 1: expected as many Testpoints"),
     ],

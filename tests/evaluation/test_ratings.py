@@ -74,6 +74,8 @@ def test_models_that_never_met_have_no_common_scale():
     ratings = {r.name: r for r in rate_models([Game("a", "b", 1.0, 0), Game("b", "c", 0.5, 1), Game("x", "y", 1.0, 2)])}
     assert math.isfinite(ratings["c"].elo.mean)
     assert math.isnan(ratings["x"].elo.mean) and math.isnan(ratings["y"].elo.low)
+    most = rate_models([Game("a", "b", 1.0, 0), *(Game("x", "y", 1.0, i) for i in range(3))])
+    assert [r.name for r in most[:2]] == ["x", "y"]  # the scale is where most votes are
     assert [r.name for r in rate_models([Game("a", "b", 1.0, 0)])] == ["a", "b"] and rate_models([]) == []
 
 

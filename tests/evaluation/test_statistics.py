@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from diffalign.errors import DataError
-from diffalign.evaluation.statistics import bootstrap_mean, cluster_ids, compare_paired, holm, sign_test
+from diffalign.evaluation.statistics import (
+    bootstrap_mean,
+    cluster_ids,
+    compare_paired,
+    expanded_percentiles,
+    holm,
+    sign_test,
+)
 
 NAN = math.nan
 
@@ -55,6 +62,14 @@ def test_repeating_a_prompts_pictures_does_not_make_the_interval_narrower():
     assert naive.high - naive.low < 0.5 * (once.high - once.low)
 
 
+def test_a_comparison_is_no_surer_for_more_pictures_of_the_same_prompts():
+    change = np.sign(np.random.default_rng(7).normal(0.3, 1.0, 30))
+    once = compare_paired(np.zeros(30), change, range(30))
+    copied = compare_paired(np.zeros(120), np.repeat(change, 4), np.repeat(np.arange(30), 4).tolist())
+    for one, other in ((once.difference, copied.difference), (once.win_rate, copied.win_rate)):
+        assert (one.mean, one.low, one.high) == pytest.approx((other.mean, other.low, other.high))
+
+
 def test_one_prompt_is_resampled_by_its_seeds_and_one_pair_has_no_interval():
     one = bootstrap_mean([0.0, 1.0, 2.0, 3.0], [0, 0, 0, 0])
     assert one.low < 1.5 < one.high
@@ -82,6 +97,34 @@ def test_95_per_cent_intervals_cover_the_truth_in_93_to_97_per_cent(prompts, see
     assert 0.93 <= hits / simulations <= 0.97
 
 
+def test_percentiles_are_widened_to_students():
+    resampled = stats.norm.ppf((np.arange(100_000) + 0.5) / 100_000)  # what resampling gives for a deviation of 1
+    reach = math.sqrt(6 / 5) * stats.t.ppf(0.975, 5)
+    assert expanded_percentiles(resampled, 6) == pytest.approx((-reach, reach), rel=1e-3)
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 5])
+def test_few_prompts_have_wide_intervals_that_cover_the_truth_too(prompts):
+    rng = np.random.default_rng(6)
+    hits = 0
+    for _ in range(1000):
+        interval = bootstrap_mean(0.1 + rng.normal(size=prompts))
+        hits += interval.low <= 0.1 <= interval.high
+    assert 0.93 <= hits / 1000 <= 0.97
+    values, ids = rng.normal(size=2 * prompts), np.repeat(np.arange(prompts), 2)
+    clustered, averaged = bootstrap_mean(values, ids), bootstrap_mean(values.reshape(-1, 2).mean(1))
+    assert (clustered.low, clustered.high) == pytest.approx((averaged.low, averaged.high))
+
+
+def test_a_win_rate_stays_a_share_and_all_wins_are_no_certainty():
+    result = compare_paired(np.zeros(5), np.ones(5), range(5)).win_rate
+    assert (result.mean, result.high) == (1.0, pytest.approx(1.0)) and result.low == pytest.approx(0.5655, abs=1e-3)
+    lost = compare_paired(np.ones(5), np.zeros(5), range(5)).win_rate
+    assert lost.mean == 0 and lost.high == pytest.approx(1 - result.low)
+    mixed = compare_paired([0, 0, 0], [1, -1, 1], range(3)).win_rate
+    assert (mixed.low, mixed.high) == (0.0, 1.0)
+
+
 def test_a_seed_repeats_the_interval():
     values = np.random.default_rng(4).normal(size=30)
     assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
@@ -102,6 +145,9 @@ def test_the_sign_test_counts_prompts_not_pictures():
     assert (better.wins, better.losses, better.p) == (6, 0, pytest.approx(2 / 2**6))
     mixed = sign_test([0, 0, 0, 0, 0, NAN], [1, -1, 1, 1, -1, 9], ["a", "a", "b", "c", "d", "e"])
     assert (mixed.wins, mixed.losses, mixed.ties) == (2, 1, 1)
+    rounded = np.float32([0.3, -0.1, -0.2])  # their sum is not zero in floating point
+    assert sign_test(np.zeros(3), rounded, ["a"] * 3).ties == 1
+    assert sign_test(np.zeros(2), [1e-9, 2e-9], ["a"] * 2).wins == 1
     assert sign_test([1.0], [1.0], ["a"]).p == 1.0 and math.isnan(sign_test([NAN], [1.0], ["a"]).p)
 
 

@@ -39,6 +39,18 @@ def test_missing_answers_leave_the_value_are_counted_and_bound_it_from_below():
     result = summarise(dimensions, [[1], None, [1], [1, 0]], ["p", "q", "r", "s"])  # the last has the wrong length
     assert result.overall.mean == 1 and result.lower == 0.5 and result.missing == 0.5
     assert (result.dimensions["a"].n, result.dimensions["a"].missing) == (1, 1)
+    assert summarise(dimensions, [[1], [1], [1], None], ["p", "q", "r", "s"]).missing == 0.25
+
+
+def test_scores_below_zero_have_no_lower_bound():
+    result = summarise([["a"], ["a"], ["b"]], [[-1.0], None, [1.0]], ["p", "q", "r"])
+    assert math.isnan(result.lower) and math.isnan(result.dimensions["a"].lower) and result.dimensions["b"].lower == 1
+    assert result.to_json()["overall"]["lower"] is None
+
+
+def test_the_overall_value_of_few_prompts_has_no_interval():
+    assert math.isnan(summarise([["a"], ["b"]] * 2, [[1], [0], [0], [1]], list("pqrs")).overall.low)
+    assert not math.isnan(summarise([["a"], ["b"]] * 3, [[1], [0], [0], [1], [1], [1]], list("pqrstu")).overall.low)
 
 
 def test_a_dimension_without_any_answer_is_reported_as_missing_not_dropped():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.demo.models import ModelPool, parse_model
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.evaluation.lora import lora_loaded
+from diffalign.evaluation.models import parse_models, switched_on
 from diffalign.guidance import export_negative, mix_weights, negative_guidance
 from diffalign.guidance.branches import rescale_guided
 from diffalign.guidance.mixing import base_weights, merged_weights, network_of
@@ -95,6 +97,30 @@ def test_the_base_as_negative_is_plain_guidance(family):
         got = draw(pipe, family)
     assert calls.negative_calls == STEPS
     assert (got - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_as_negative_is_plain_guidance_to_one_in_a_million(family):
+    """In fp32 a network rounds otherwise for 2 items than for 4, and guidance multiplies that: see the next test."""
+    pipe = BUILDERS[family]().to(torch.float64)
+    plain = draw(pipe, family)
+    with negative_guidance(pipe, copy.deepcopy(adapter_for(pipe).denoiser)):
+        got = draw(pipe, family)
+    assert (got - plain).abs().max() < 1e-6 * plain.abs().max()
+
+
+def test_what_is_left_in_fp32_is_the_networks_own_rounding():
+    """Both halves in one call, as the pipeline makes it: the same bits. Each by itself: the last digits differ."""
+    network = tiny_sd().unet
+    inputs = {"sample": torch.randn(4, 4, 8, 8), "timestep": torch.tensor(500)}
+    told = torch.randn(4, 77, 16)
+    with torch.no_grad():
+        whole = network(**inputs, encoder_hidden_states=told).sample
+        again = network(**inputs, encoder_hidden_states=told).sample
+        parts = zip(inputs["sample"].split(2), told.split(2), strict=True)
+        halves = [network(x, inputs["timestep"], c).sample for x, c in parts]
+    assert torch.equal(whole, again)
+    assert (torch.cat(halves) - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
@@ -228,6 +254,49 @@ def test_adapters_that_come_and_go_inside_the_block(loras):
     torch.testing.assert_close(aligned, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_another_adapter_under_the_same_name_stays_out_of_the_negative_branch(loras, tmp_path):
+    """It may sit in layers that the one before it had not: LoRAs are compared one after another in one block."""
+    negative, positive = loras["sd"]
+    first = write_lora(tiny_sd, tmp_path / "first", 5, targets=("to_q",)) / "pytorch_lora_weights.safetensors"
+    pipe = tiny_sd()
+    with negative_guidance(pipe, negative):
+        with lora_loaded(pipe, first):
+            draw(pipe, "sd")
+        with lora_loaded(pipe, positive / "pytorch_lora_weights.safetensors"):  # to_q and to_v
+            got = draw(pipe, "sd")
+    expected = by_hand(merged(tiny_sd, positive), merged(tiny_sd, negative), "sd", 4.0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_are_switched_off_stay_off_in_both_branches(loras):
+    negative, positive = loras["sd"]
+    pipe = tiny_sd()
+    pipe.load_lora_weights(str(positive), weight_name="pytorch_lora_weights.safetensors", adapter_name="mine")
+    pipe.disable_lora()
+    plain = draw(pipe, "sd")
+    with negative_guidance(pipe, negative):
+        got = draw(pipe, "sd")
+    torch.testing.assert_close(got, by_hand(tiny_sd(), merged(tiny_sd, negative), "sd", 4.0), rtol=1e-4, atol=1e-4)
+    assert torch.equal(draw(pipe, "sd"), plain), "and after the block"
+    with pytest.raises(ConfigError, match="no adapter is active"), negative_guidance(pipe, negative, alpha=0.5):
+        pass
+
+
+def test_the_pass_of_sd3_with_skipped_layers_is_no_conditional_prediction():
+    """diffusers adds a third one after the first step, guided away from; rescale compares with the one before it."""
+    pipe = tiny_sd3()
+    skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    plain = draw(pipe, "sd3", **skipping)
+    assert not torch.allclose(plain, draw(pipe, "sd3"), atol=1e-3)
+    base, positive = copy.deepcopy(pipe.transformer), []
+    pipe.transformer.register_forward_hook(lambda module, args, output: positive.append(output[0]))
+    with negative_guidance(pipe, base) as calls:
+        got = draw(pipe, "sd3", **skipping)
+        assert torch.equal(calls._conditional, positive[-2]) and not torch.equal(calls._conditional, positive[-1])
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
+    assert (calls.positive_calls, calls.negative_calls) == (2 * STEPS - 1, STEPS)
+
+
 def test_what_is_trainable_and_the_class_of_the_denoiser_are_put_back_after_an_error(loras):
     pipe = tiny_sd()
     kind = type(pipe.unet)
@@ -311,6 +380,22 @@ def test_an_export_is_read_back_with_its_settings(family, as_network, loras, tmp
         export_negative(pipe, folder, negative)
 
 
+def test_an_export_is_taken_by_the_evaluation_and_by_the_demo(loras, tmp_path):
+    """With its own settings, which their short names of models cannot say."""
+    pipe, negative = tiny_sdxl(), loras["sdxl"][0]
+    pipe.save_pretrained(tmp_path / "base")
+    folder = export_negative(pipe, tmp_path / "npo", negative, beta=0.5, embedding="empty")
+    plain = draw(pipe, "sdxl")
+    with negative_guidance(pipe, negative, beta=0.5, embedding="empty"):
+        expected = draw(pipe, "sdxl")
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    (model,) = parse_models([f"npo={tmp_path / 'base'}?negative={folder}"])
+    with switched_on(pipe, model, None):
+        assert torch.equal(draw(pipe, "sdxl"), expected)
+    with ModelPool(device="cpu").ready(parse_model(f"npo:{folder}", str(tmp_path / "base"))) as loaded:
+        torch.testing.assert_close(draw(loaded, "sdxl"), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_damaged_export_is_refused(tmp_path, loras):
     folder = export_negative(tiny_sd(), tmp_path / "npo", loras["sd"][0])
     (folder / "negative.json").write_text('{"version": 2, "kind": "lora"}')
@@ -359,6 +444,7 @@ def test_coefficients_of_guidance_add_up_to_one():
         ({"embedding": "none"}, "embedding must be one of"),
         ({"rescale": 2.0}, "rescale must lie"),
         ({"interval": (0.5, 0.5)}, "interval must be"),
+        ({"interval": (0.5,)}, "interval must be"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, message, loras):

@@ -106,3 +106,18 @@ def test_bad_inputs():
         one_group([0.0, 1.0], scale="batch")
     with pytest.raises(ValueError, match="group 3 has 1"):
         check_groups(torch.tensor([1, 1, 3]), 2)
+
+
+def test_without_a_least_spread_equal_rewards_still_have_no_advantage():
+    assert one_group([0.3, 0.3, 0.3], min_spread=0.0).tolist() == [0.0, 0.0, 0.0]
+    assert one_group([0.3, 0.3 + 1e-9], min_spread=0.0).tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_rewards_have_their_weights_and_the_sum_is_clipped_too():
+    rewards = torch.stack([torch.tensor([0.0, 1, 2, 3]), torch.tensor([3.0, 1, 2, 0])], 1)
+    groups = torch.zeros(4, dtype=torch.int64)
+    first, second = one_group(rewards[:, 0]), one_group(rewards[:, 1])
+    weighted = combined_advantages(rewards, groups, torch.tensor([2.0, 0.5]))
+    assert torch.allclose(weighted, 2 * first + 0.5 * second)
+    held = combined_advantages(rewards, groups, torch.tensor([2.0, 0.5]), clip=1.5)
+    assert held.max() == 1.5 and held.min() == -1.5

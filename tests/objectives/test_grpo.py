@@ -74,6 +74,17 @@ def test_sum_convention_is_d_times_mean():
     assert total == pytest.approx(4 * mean, rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "nats"), [(16_384, 1.6384), (65_536, 6.5536), (262_144, 26.2144)])
+def test_a_clip_range_of_one_in_ten_thousand_in_nats(size, nats):
+    """SD1.5 at 512 px; SDXL at 1024 and SD3 at 512; FLUX at 1024. The mean log-ratio here is 1e-4."""
+    tau = 0.25
+    move = torch.full((1, size), tau * (1 - (1 - 2e-4) ** 0.5))  # m/tau - m^2/(2 tau^2) = 1e-4 where z = 1
+    x, old = torch.full((1, size), tau), torch.zeros(1, size)
+    mean, total = (log_density(x, move, tau, c) - log_density(x, old, tau, c) for c in ("mean", "sum"))
+    assert mean.item() == pytest.approx(1e-4, rel=1e-3)
+    assert total.item() == pytest.approx(nats, rel=1e-3)
+
+
 def test_no_advantage_no_gradient():
     new = torch.tensor([0.3, -0.2], requires_grad=True)
     out = grpo_loss(new, torch.zeros(2), torch.zeros(2))
@@ -99,6 +110,16 @@ def test_kl_pulls_back_to_the_reference(form):
     assert bool((moved.grad > 0).all())
 
 
+@pytest.mark.parametrize("form", ["density", "prediction"])
+def test_gradient_of_the_kl(form):
+    """d/dp of k^2 mean(d^2) / (2 tau^2) is k^2 d / (D tau^2), and of mean(d^2) it is 2 d / D."""
+    scale, reference = -0.2, torch.randn(2, 4, 2, 2)
+    student = torch.randn(2, 4, 2, 2, requires_grad=True)
+    step_kl(student, reference, scale=scale, std=TAU, form=form).sum().backward()
+    factor = scale**2 / TAU**2 if form == "density" else 2.0
+    torch.testing.assert_close(student.grad, factor * (student.detach() - reference) / 16)
+
+
 def test_the_density_form_is_the_drift_of_the_means():
     student, reference = torch.randn(2, 3, 4, 8, 8).unbind(0)
     kl = step_kl(student, reference, scale=-0.2, std=TAU, form="density")
@@ -119,3 +140,9 @@ def test_inputs_that_cannot_be_meant():
         grpo_loss(zero, zero, one, kl_weight=0.1)
     with pytest.raises(ValueError, match="form"):
         step_kl(zero[None], zero[None], scale=1.0, std=1.0, form="reverse")
+
+
+def test_neither_the_old_policy_nor_the_advantage_gets_a_gradient():
+    new, old, advantage = (torch.tensor([value], requires_grad=True) for value in (-1.0, -1.0, 0.5))
+    grpo_loss(new, old, advantage).loss.sum().backward()
+    assert new.grad is not None and old.grad is None and advantage.grad is None

@@ -101,7 +101,11 @@ def test_value_and_gradient_are_finite_from_0_to_1e4(variant, dtype, winner, los
     assert torch.isfinite(policy.grad).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "paper", "exponent": 1.0}, {"variant": "paper"}])
+OPTIONS = [{}, {"beta": 1.0}, {"kappa": 2.0}, {"scale": 100.0}]
+OPTIONS += [{"variant": "paper", "exponent": 1.0}, {"variant": "paper"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("row", [(0.1, 0.1), (0.1, 0.11), (0.11, 0.1), (0.0, 0.02), (0.02, 0.0)])
 def test_winner_error_up_raises_and_loser_error_up_lowers(options, row):
     winner, loser = slopes(row, **options)

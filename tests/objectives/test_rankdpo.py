@@ -161,7 +161,10 @@ def test_nothing_to_tell_apart_is_no_loss_and_no_gradient(weighting, k):
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"rank_source": "model"}, {"weighting": "gain"}, {"weighting": "none"}])
+OPTIONS = [{}, {"gain": "linear"}, {"log_base": math.e}, {"rank_source": "model"}, {"weighting": "gain"}]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"weighting": "none"}])
 def test_best_error_up_raises_worst_error_up_lowers_and_slopes_sum_to_zero(options):
     policy, reference = lists(20, 4)
     gradient = slopes(policy, reference, preference((0.3, 1.0, 0.0, 0.6)).expand(20, 4), beta=1000.0, **options)

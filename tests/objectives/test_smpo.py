@@ -50,9 +50,10 @@ def test_below_one_half_the_pair_is_swapped():
 
 
 @pytest.mark.parametrize(("p", "sign"), [(0.51, 1), (1.0, 1), (0.49, -1), (0.0, -1)])
-def test_winner_error_up_raises_and_loser_error_up_lowers_as_the_scores_say(p, sign):
+@pytest.mark.parametrize("gamma", [1.0, 10.0])
+def test_winner_error_up_raises_and_loser_error_up_lowers_as_the_scores_say(p, sign, gamma):
     policy, reference = pairs(8)
-    smpo_loss(policy, reference, torch.full((8,), p), beta=1000.0).loss.sum().backward()
+    smpo_loss(policy, reference, torch.full((8,), p), beta=1000.0, gamma=gamma).loss.sum().backward()
     assert (sign * policy.grad[:, 0] > 0).all()
     assert (sign * policy.grad[:, 1] < 0).all()
 

@@ -35,6 +35,20 @@ def test_geometry(adapter):
     assert adapter.family == ("sdxl" if "XL" in type(adapter.pipeline).__name__ else "sd")
 
 
+def test_sizes_that_are_no_square_or_unknown_are_refused_where_a_square_is_asked_for():
+    adapter = adapter_for(tiny_sd())
+    adapter.denoiser.register_to_config(sample_size=[8, 16])
+    assert adapter.native_size == (32, 64) and adapter.square_edge(48) == 48
+    with pytest.raises(ConfigError, match="32 x 64 pixels, no squares: give resolution"):
+        adapter.square_edge(None)
+    adapter.denoiser.register_to_config(sample_size=None)
+    with pytest.raises(ConfigError, match="no sample_size.*: give resolution"):
+        adapter.square_edge(None)
+    assert adapter.square_edge(48) == 48
+    with pytest.raises(ConfigError, match="multiple of 16 pixels; got 40"):
+        adapter.square_edge(40)
+
+
 def test_prediction_type_comes_from_the_scheduler():
     assert adapter_for(tiny_sd()).noise_schedule().prediction_type == "epsilon"
     v = adapter_for(tiny_sd(prediction_type="v_prediction"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import constants, hf_api
 from safetensors.torch import save_file
 
 from diffalign.errors import ConfigError
@@ -38,7 +42,7 @@ def test_a_variant(tmp_path):
 
 def test_the_embedded_default_is_called_shapes(folder, monkeypatch):
     monkeypatch.setattr("diffalign.shapes.pipeline_folder", lambda: folder, raising=False)
-    pipeline = load_pipeline("shapes", revision="ignored-for-the-embedded-one")
+    pipeline = load_pipeline("shapes")
     assert torch.equal(pipeline.unet.conv_in.weight, tiny_sdxl().unet.conv_in.weight)
 
 
@@ -80,6 +84,12 @@ def test_options_that_do_not_apply(folder):
         load_pipeline(folder, dtype="float8")
     with pytest.raises(ConfigError, match="config belongs to single-file"):
         load_pipeline(folder, config=folder)
+    for name in ("shapes", folder):
+        with pytest.raises(ConfigError, match="no model on the hub, so revision='v1' means nothing"):
+            load_pipeline(name, revision="v1")
+    for name in ("shapes", "model.safetensors"):
+        with pytest.raises(ConfigError, match="has no variants, so variant='fp16' means nothing"):
+            load_pipeline(name, variant="fp16")
 
 
 def test_single_files_are_told_apart_by_their_text_encoders(tmp_path):
@@ -99,3 +109,62 @@ def test_single_files_are_told_apart_by_their_text_encoders(tmp_path):
     path.write_bytes(b"not tensors at all")
     with pytest.raises(ConfigError, match="no usable safetensors file"):
         load_pipeline(path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that refuses everything, as told: (status, error code)."""
+    answer: list = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, code = answer
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def tell(*what):
+        answer[:] = what
+        if not what:
+            server.shutdown()
+            server.server_close()
+
+    yield tell
+    if answer:
+        tell()
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ((404, "RepoNotFound"), r"none of this name, or it is private: check the spelling"),
+        ((403, "GatedRepo"), r"terms accepted: do so at https://huggingface.co/owner/model"),
+        ((404, "RevisionNotFound"), r"no revision 'v9': leave revision out"),
+        ((503, None), r"answered with status 503: try again later"),
+        ((), r"hub cannot be reached .*: check the network, or give a local folder"),
+    ],
+)
+def test_what_the_hub_says_becomes_one_sentence_with_what_to_do(hub, told, message):
+    hub(*told)
+    with pytest.raises(ConfigError, match=f"cannot load the model on the hub .*owner/model, revision v9: .*{message}"):
+        load_pipeline("owner/model", revision="v9")
+
+
+def test_offline_is_named(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set and the model is not in the cache"):
+        load_pipeline("owner/model")

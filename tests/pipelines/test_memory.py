@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 
+from diffalign.config import load_job, recipes
 from diffalign.errors import ConfigError
 from diffalign.pipelines import adapter_for
 from diffalign.pipelines.memory import (
@@ -72,6 +73,20 @@ def test_recipes_have_the_memory_their_arithmetic_says():
     assert thrifty.total < 40 * GIB < full.total
     assert estimate_memory(SDXL_UNET, adapter="none", ema=True).optimizer - full.optimizer == full.gradients
     assert "GiB" in str(full)
+
+
+@pytest.mark.parametrize("name", ["sdxl-dpo-lora", "sdxl-dpo-full", "sd15-dpo-full"])
+def test_the_headers_of_recipes_state_what_the_true_configuration_gives(name):
+    _, config = load_job(name)
+    unet = meta_denoiser(SD15_UNET if name.startswith("sd15") else SDXL_UNET)
+    base = parameter_count(unet) / 1e9
+    if config.adapter == "none":  # fp32 masters or gradients or reference; AdamW's two moments
+        stated = [4 * base, 8 * base] + ([20 * base] if config.optimizer == "adamw" else [2 * base])
+    else:  # the base in bf16; the adapter with gradient and moments
+        stated = [2 * base, 16 * lora_parameter_count(unet, config.lora_rank, LORA_TARGETS) / 1e9]
+    header = recipes()[name].read_text().split("\nmethod:")[0]
+    assert [number for number in stated if f"{number:.1f} GB" not in header] == []
+    assert f"{base:.2f} B" in header
 
 
 def test_activations_grow_with_images_and_resolution_and_shrink_with_checkpointing():

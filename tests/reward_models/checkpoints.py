@@ -16,16 +16,19 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
+    CLIPVisionModel,
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLImageProcessor,
     Qwen2VLModel,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tests.tiny import TEXT_WIDTH, tiny_text_config, tiny_tokenizer
+from tests.tiny import TEXT_WIDTH, tiny_t5_tokenizer, tiny_text_config, tiny_tokenizer
 
 SIZE = 32  # pixels of every tiny CLIP
 ODD_SIZES = [(40, 50), (57, 33), (33, 64), (32, 32), (31, 32), (97, 41), (20, 21), (64, 31)]
@@ -279,3 +282,49 @@ def hpsv3_file(folder: Path, *, old_keys: bool, seed: int = 7) -> tuple[Qwen2VLM
     state |= {f"rm_head.{key}": value for key, value in head.state_dict().items()}
     save_file(state, folder / "HPSv3.safetensors")
     return model, head
+
+
+def clip_flant5_folder(folder: Path, seed: int = 14, *, tower: bool = True) -> dict[str, torch.Tensor]:
+    """As clip-flant5-xl: T5's keys, ``mm_projector`` and, with ``tower``, the picture tower, in two pickled shards.
+
+    ``folder/vision`` is the CLIP that its config names, with other weights than ``tower``, as fine-tuning leaves them.
+    """
+    tokenizer = tiny_t5_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer) + 28,  # padded, as Flan-T5's is
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=SIZE, patch_size=8
+    )
+    named = spread(CLIPVisionModel(vision), seed + 1)
+    named.save_pretrained(folder / "vision")
+    crop = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
+    CLIPImageProcessorPil(**crop).save_pretrained(folder / "vision")
+    state = spread(T5ForConditionalGeneration(config), seed).state_dict()
+    state["lm_head.weight"] = torch.randn(config.vocab_size, 24, generator=seeded(seed)) * 0.3  # untied, as Flan-T5's
+    projector = spread(torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.GELU(), torch.nn.Linear(24, 24)), seed)
+    state |= {f"mm_projector.{key}": value for key, value in projector.state_dict().items()}
+    state["embed_tokens.weight"] = state["shared.weight"]
+    if tower:
+        tuned = spread(CLIPVisionModel(vision), seed + 2).state_dict()
+        state |= {f"vision_tower.vision_tower.vision_model.{key}": value for key, value in tuned.items()}
+        state["vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    parts = {"encoder": "pytorch_model-00001-of-00002.bin", "": "pytorch_model-00002-of-00002.bin"}
+    place = {key: parts["encoder" if key.startswith("encoder.") else ""] for key in state}
+    for name in parts.values():
+        torch.save({key: value for key, value in state.items() if place[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    own = {"model_type": "clip_t5", "architectures": ["CLIPT5ForConditionalGeneration"], "mm_hidden_size": 32}
+    own |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    own |= {"mm_vision_tower": str(folder / "vision"), "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | own))
+    tokenizer.save_pretrained(folder)
+    return state

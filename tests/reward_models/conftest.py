@@ -11,7 +11,7 @@ from reward_models import load_reward_model
 
 from . import checkpoints
 
-SCORERS = ("aesthetic", "aesthetic-v1", "clip", "hpsv2", "hpsv3", "imagereward", "mps", "pickscore")
+SCORERS = ("aesthetic", "aesthetic-v1", "clip", "hpsv2", "hpsv3", "imagereward", "mps", "pickscore", "vqascore")
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +49,9 @@ def scorer_options(tmp_path_factory):
         if name == "mps":
             checkpoints.mps_file(folder)
             return common | {"checkpoint": folder, "backbone": folder}
+        if name == "vqascore":
+            checkpoints.clip_flant5_folder(folder)
+            return common | {"model": folder}
         checkpoints.clip_folder(folder)
         return common | {"checkpoint": folder}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import open_clip
@@ -80,6 +81,12 @@ def test_pickscore_is_the_scaled_cosine(load_scorer, scorer_options):
             cosines.append(cosine(model.visual_projection(model.vision_model.post_layernorm(seen)), told))
     assert torch.allclose(scores, 100 * torch.tensor(cosines), atol=1e-3)
     assert scorer.model.logit_scale.exp().item() == pytest.approx(100)
+    seen = scorer.embed(images)
+    assert torch.allclose(seen.norm(dim=-1), torch.ones(len(images)))
+    scorer.model.logit_scale.data.sub_(math.log(2))  # the checkpoint's own scale is used, not the 100 it mostly is
+    halved = scorer.score(images, PROMPTS)
+    scorer.model.logit_scale.data.add_(math.log(2))
+    assert torch.allclose(halved, scores / 2, atol=1e-3)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from reward_models import RewardModelError, to_pil
+from reward_models.images import _PLAIN_MODES
 
 
 @pytest.fixture
@@ -37,6 +38,8 @@ def test_transparent_pixels_are_laid_on_white_and_gray_becomes_rgb():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert to_pil([clear])[0].getpixel((0, 0)) == (255, 255, 255)
     assert to_pil([np.full((2, 2), 7, np.uint8)])[0].getpixel((0, 0)) == (7, 7, 7)
+    for mode in sorted(_PLAIN_MODES):
+        assert to_pil([Image.new(mode, (2, 2))])[0].mode == "RGB"
 
 
 def test_values_outside_the_stated_range_are_refused():
@@ -53,6 +56,8 @@ def test_values_outside_the_stated_range_are_refused():
         ([torch.zeros(4, 2, 2)], "picture 0"),
         ([np.zeros((2, 2, 3), np.int64)], "uint8"),
         ([Image.new("I;16", (2, 2))], "I;16"),
+        ([Image.new("La", (2, 2))], "La"),
+        ([Image.new("RGB", (0, 2))], "0 x 2"),
         ([3], "int"),
         (3, "batch"),
     ],

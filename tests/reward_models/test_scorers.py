@@ -22,7 +22,7 @@ def test_batches_and_order_never_change_a_score(name, load_scorer):
     alone = torch.cat([scorer.score([image], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
     assert torch.allclose(scores, alone, rtol=0, atol=1e-4)
     assert torch.allclose(scores.flip(0), scorer.score(images[::-1], PROMPTS[::-1]), rtol=0, atol=1e-4)
-    assert scores.std() > 0.01, "the pictures are told apart"
+    assert scores.std() > 0.02 * scores.abs().max(), "the pictures are told apart"
 
 
 @pytest.mark.parametrize("name", SCORERS)

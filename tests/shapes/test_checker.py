@@ -143,3 +143,15 @@ def test_scorers_agree_with_the_checker_and_leave_other_prompts_unjudged(renders
     assert soft[:2].tolist() == pytest.approx([v.soft + 0.3 * v.strict for v in verdicts])
     assert soft[2].isnan() and strict[2].isnan()
     assert ShapesScorer().identity["code_version"] != ShapesStrictScorer().identity["code_version"]
+
+
+@pytest.mark.parametrize("edge", [48, 80, 96, 128, 200, 256])
+def test_pictures_of_other_sizes_are_read_as_well(renders, edge):
+    passed = [check(image.resize((edge, edge), Image.Resampling.BICUBIC), text).strict for text, image in renders[:100]]
+    assert np.mean(passed) >= 0.99
+
+
+def test_oblong_pictures_are_refused(renders):
+    text, image = renders[0]
+    with pytest.raises(ValueError, match="square; got 96 x 64"):
+        check(image.resize((96, 64)), text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
-from diffalign.synthesis.assembly import assemble
+from diffalign.synthesis.assembly import _verdicts, assemble
 from diffalign.synthesis.candidates import Candidate, Row
 from diffalign.synthesis.config import RankingConfig
-from diffalign.synthesis.report import _report, _sum
+from diffalign.synthesis.report import _models, _report, _sum
 
 NAN = float("nan")
 CONFIG = RankingConfig(
@@ -59,6 +61,23 @@ def test_pipelines(report):
     assert base["diversity"] == pytest.approx((51 / 255 + 0) / 2)  # pairs of its own pictures of a prompt
     assert strong["diversity"] is None
     assert strong["mean_scores"] == {"first": pytest.approx(0.3), "second": pytest.approx(13 / 3), "unseen": 2 / 3}
+
+
+def test_a_judges_verdict_is_one_whatever_ties_its_scores_have_and_outlives_a_row_set_aside():
+    assert _verdicts([0.5, 0.5], [0.6], tie=0.2) == [1] and _verdicts([0.6, 0.5], tie=0.2) == [0]
+    row = Row("p", [candidate("a", 0), candidate("b", 9)], {"judge": [0.9, 0.1], "blind": [NAN, NAN]}, {"judge": [0.9]})
+    models = ["judge", "blind"]
+    made = assemble([row], RankingConfig(reward_models=models, output_dir="out", missing="skip_row"), {})
+    assert not made.rows and made.aside[0]["comparisons"] == [{"name": "judge", "values": [0.9]}]
+
+
+def test_scores_of_usable_pictures_alone_are_counted(report):
+    facts = _sum([shard.facts for shard in report[1]])
+    first = _models(facts, {"first": {"id": "first"}}, {})["first"]
+    values = [0.5, 0.1, 0.9, 1.0, 0.0, 0.0, 0.0]  # the black picture was not judged, one judgement is missing
+    assert (first["scored"], first["missing"], first["lowest"], first["highest"]) == (7, 1, 0.0, 1.0)
+    assert first["mean"] == pytest.approx(statistics.mean(values))
+    assert first["deviation"] == pytest.approx(statistics.pstdev(values))
 
 
 def test_agreement_counts_pairs_that_both_decide(report):

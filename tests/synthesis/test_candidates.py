@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffalign.synthesis.candidates import Candidate, distance, encode, mark_duplicates, problem_of, thumbnail
-from diffalign.synthesis.sampling import generate_images
+from diffalign.synthesis.sampling import UNSAFE, generate_images
 from tests.tiny import tiny_sd
 
 
@@ -37,6 +37,9 @@ def test_values_that_are_not_finite_are_seen_before_they_turn_black():
         pipeline.vae.post_quant_conv.weight.fill_(math.nan)
     (image,) = generate_images(pipeline, ["a cat"], [0], steps=1, guidance=1.0)
     assert problem_of(image) == "not finite"
+    blacked_out = noise()
+    blacked_out.info[UNSAFE] = True
+    assert problem_of(blacked_out) == "flagged by the safety checker"
     assert problem_of(generate_images(tiny_sd(), ["a cat"], [0], steps=1, guidance=1.0)[0]) == ""
 
 

@@ -17,7 +17,7 @@ def test_items_pass_all_stages_in_order():
 
 
 def test_stages_work_at_the_same_time():
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=300)
     items = iter(range(2))
 
     def made():
@@ -48,8 +48,6 @@ def test_few_items_wait():
 
 @pytest.mark.parametrize("place", ["items", "first", "second"])
 def test_an_error_anywhere_stops_everything_and_is_raised(place):
-    before = threading.active_count()
-
     def items():
         for number in range(100):
             if place == "items" and number == 3:
@@ -65,4 +63,4 @@ def test_an_error_anywhere_stops_everything_and_is_raised(place):
 
     with pytest.raises(ZeroDivisionError):
         overlap(items(), stage("first"), stage("second"))
-    assert threading.active_count() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("diffalign stage")]

@@ -99,6 +99,7 @@ def test_the_grammar_of_shapes_is_a_source():
         ("p.jsonl", "{broken", DataError, "line 1: no JSON"),
         ("p.jsonl", '{"caption": 3}', DataError, "expected a text in 'caption', got 3"),
         ("p.csv", "captions\na", DataError, "Did you mean prompt_column=captions"),
+        ("p.csv", "caption\n" + "x" * 200_000, DataError, "p.csv.*field larger than field limit"),
         ("p.parquet", "no parquet", DataError, "not a readable Parquet file"),
         ("p.txt", "\n\n", DataError, "expected prompts to draw, got 0 prompts, 0 held out, 3 empty"),
         ("p.docx", "x", ConfigError, "expected a .txt, .jsonl, .csv, .parquet file"),
@@ -118,3 +119,4 @@ def test_bad_sources_are_named(tmp_path, name, content, error, word):
 def test_normalising_keeps_what_means_something():
     assert normalise("  a\u00a0 b\u2028c\r\n") == "a b c"
     assert normalise(RTL) == RTL
+    assert normalise("\x00 a \x07 b \x1b") == "a b"  # nor does a control character leave its spaces behind

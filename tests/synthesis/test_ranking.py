@@ -20,6 +20,25 @@ def test_one_model_clean_order():
     assert ranking.rank == [4, 1, 2, 3]
 
 
+def test_five_judges_of_four_candidates():
+    """Votes of Algorithm 1: shares on a grid of 1/15 that sum to k/2; only the order within a judge counts."""
+    orders = [
+        [3.0, 2.0, 1.0, 0.0],
+        [3.0, 1.0, 2.0, 0.0],
+        [2.0, 3.0, 0.0, 1.0],
+        [3.0, 2.0, 1.0, 0.0],
+        [0.0, 3.0, 1.0, 2.0],
+    ]
+    scores = {f"judge {number}": order for number, order in enumerate(orders)}
+    shares = rank_candidates(scores).preference
+    assert shares == pytest.approx([11 / 15, 11 / 15, 5 / 15, 3 / 15])
+    assert sum(shares) == pytest.approx(2)
+    bent = {name: [math.exp(3 * value) - 7 for value in values] for name, values in scores.items()}
+    assert rank_candidates(bent).preference == shares
+    indifferent = scores | {"judge 4": [0.5] * 4}  # no ties are won: one judge in five adds nothing
+    assert sum(rank_candidates(indifferent).preference) == pytest.approx(1.6)
+
+
 def test_scales_do_not_mix_each_model_has_one_vote():
     ranking = rank_candidates({"small": [1.0, 2.0, 3.0], "huge": [3e6, 2e6, 1e6], "third": [2.0, 3.0, 1.0]})
     assert ranking.preference == pytest.approx([3 / 6, 4 / 6, 2 / 6])
@@ -90,6 +109,8 @@ def test_judges_vote_by_their_comparisons_even_in_a_circle():
     ranking = rank_candidates({"judge": [0.5, 0.5, 0.5]}, comparisons=circle)
     assert ranking.rank == [1, 1, 1] and ranking.preference == [0.5, 0.5, 0.5]
     assert rank_candidates({"judge": [0.5] * 3}, comparisons={"judge": [0.9, NAN, 0.9]}) is None
+    near = rank_candidates({"judge": [0.5] * 2}, comparisons={"judge": [0.6]}, voters={"judge": Voter(tie=0.2)})
+    assert near.rank == [1, 2]  # `tie` is about scores; a judge's verdict is one
 
 
 def test_weighted_sums_and_given_orders():

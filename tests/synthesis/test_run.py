@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from diffalign.data import check_preferences, load_preferences
+from diffalign.data import check_preferences, load_preferences, store_score_ranges
 from diffalign.errors import ConfigError, DataError
+from diffalign.synthesis.artists import Artist
 from diffalign.synthesis.config import dump
 from diffalign.synthesis.run import generate
 from tests.synthesis.conftest import JUDGES, PROMPTS, child, table_bytes
@@ -31,15 +34,15 @@ from tests.synthesis.judges import red
 ROOT = Path(__file__).parents[2]
 
 
-def kill_at(write: int):
-    """Makes the process kill itself in the middle of writing its n-th file."""
+def kill_at(write: int, how: signal.Signals = signal.SIGKILL):
+    """Makes the process kill (or stop) itself in the middle of writing its n-th file."""
 
     def install() -> None:
         fsync, count = os.fsync, iter(range(1, 10**6))
 
         def counting(descriptor):
             if next(count) == write:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), how)
             fsync(descriptor)
 
         os.fsync = counting
@@ -91,6 +94,22 @@ def test_the_card_has_a_header_that_the_hub_reads(clean):
         assert grid.height > 5 * 160
 
 
+def test_a_licence_that_is_not_known_is_not_claimed(settings, painters):
+    spec = {"model": painters[0], "steps": 1, "guidance": 1.0}
+    pipelines = [{"name": "a", "license": "mit", **spec}, {"name": "b", **spec}]
+    judges = [{"name": "red", "model": JUDGES + "red"}, {"name": "s", "model": JUDGES + "spread", "license": "cc0-1.0"}]
+    config = settings(pipelines=pipelines, reward_models=judges, prompts_per_shard=9)
+    report = generate(config)
+    text = (Path(config.output_dir) / "README.md").read_text()
+    assert "license: other" in text and "mit, unknown" in text
+    assert {name: own["license"] for name, own in report["reward_models"].items()} == {"red": None, "s": "cc0-1.0"}
+    assert re.search(r"\| red \|[^|]*\| unknown \|", text) and re.search(r"\| s \|[^|]*\| cc0-1.0 \|", text)
+    named = config.model_copy(
+        update={"reward_models": [spec.model_copy(update={"license": "mit"}) for spec in config.reward_models]}
+    )
+    assert generate(named)["reward_models"]["red"]["license"] == "mit"  # a licence is no reason to begin anew
+
+
 def test_one_model_at_a_time_gives_the_same_bytes(clean, settings):
     config = settings("staged", load_models="one_by_one")
     generate(config)
@@ -118,6 +137,23 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(clean, settings, 
     generate(config)
     assert table_bytes(config.output_dir) == table_bytes(clean[0].output_dir)
     assert not list(Path(config.output_dir).rglob("*.tmp"))
+
+
+def test_what_a_pipeline_drew_is_kept_while_the_next_one_draws(settings, monkeypatch):
+    config, draw, kept = settings("kept"), Artist.draw, []
+
+    def watched(self, prompts, seed):
+        if self.name == "two":
+            file = Path(config.output_dir) / ".work" / "drawn" / "one" / f"{len(kept):05d}.parquet"
+            deadline = time.monotonic() + 300
+            while not file.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            kept.append(file.exists())
+        return draw(self, prompts, seed)
+
+    monkeypatch.setattr(Artist, "draw", watched)
+    generate(config)
+    assert kept == [True] * 3
 
 
 @pytest.mark.slow
@@ -160,13 +196,18 @@ def test_two_launched_processes_give_what_one_gives(clean, settings, tmp_path):
     assert table_bytes(config.output_dir) == table_bytes(clean[0].output_dir)
 
 
+def test_process_0_reports_no_damaged_shard_of_another(own_clean, monkeypatch):
+    shard = Path(own_clean.output_dir) / "train-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:100])
+    monkeypatch.setattr("diffalign.synthesis.run._STALL", 0.0)
+    with pytest.raises(DataError, match=r"shards \[1\] are not finished, and processes \[1\] are not running"):
+        generate(own_clean, process=0, processes=2)
+
+
 def test_two_runs_in_one_folder_are_refused(settings):
     config = settings("shared")
-    process = child(config, lambda: None)
-    deadline = time.monotonic() + 30
-    while not (Path(config.output_dir) / "settings.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGSTOP)
+    process = child(config, kill_at(4, signal.SIGSTOP))
+    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
     try:
         with pytest.raises(ConfigError, match=rf"another run .*process {process.pid}"):
             generate(config)
@@ -177,9 +218,46 @@ def test_two_runs_in_one_folder_are_refused(settings):
     assert generate(config)["rows"] == 5
 
 
+def test_processes_that_share_the_work_differently_are_refused(settings):
+    """Process 1 of 2 holds a lock of its own, yet the run of one process would draw what it draws."""
+    config = settings("mixed")
+    alone = child(config, kill_at(4, signal.SIGSTOP))
+    assert os.WIFSTOPPED(os.waitpid(alone.pid, os.WUNTRACED)[1])
+    try:
+        with pytest.raises(ConfigError, match=rf"another run .*process {alone.pid}.*0 of 1.*this is 1 of 2"):
+            generate(config, process=1, processes=2)
+    finally:
+        os.kill(alone.pid, signal.SIGCONT)
+    alone.join(300)
+    assert alone.exitcode == 0
+    assert generate(config, process=1, processes=2) is None  # it is gone, and left nothing to do
+
+
 def test_other_settings_in_the_same_folder_are_refused(clean):
     with pytest.raises(ConfigError, match="seed: 0 there, 1 here"):
         generate(clean[0].model_copy(update={"seed": 1}))
+
+
+def test_other_weights_under_the_same_name_are_refused(own_clean, painters, tmp_path):
+    """A policy trained anew between two starts would be half of the table."""
+    shutil.copytree(painters[0], tmp_path / "painter")
+    one = own_clean.pipelines[0].model_copy(update={"model": str(tmp_path / "painter")})
+    config = own_clean.model_copy(update={"pipelines": [one], "output_dir": str(tmp_path / "run")})
+    generate(config)
+    weights = tmp_path / "painter" / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = {name: tensor + 1e-3 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="other settings .weights.one: "):
+        generate(config)
+
+
+def test_finishing_a_large_table_does_not_copy_it_into_a_cache(own_clean, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    (Path(own_clean.output_dir) / "score_ranges.json").unlink()
+    generate(own_clean)
+    ranges = json.loads((Path(own_clean.output_dir) / "score_ranges.json").read_text())
+    monkeypatch.undo()
+    assert ranges == {name: list(limits) for name, limits in store_score_ranges(own_clean.output_dir).items()}
 
 
 def test_a_shard_cut_in_half_is_made_again(own_clean):
@@ -244,12 +322,45 @@ def test_a_pipeline_that_fails_on_some_prompts_costs_those_alone(clean, settings
             assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).max() <= 1
 
 
+def test_a_bad_prompt_alone_in_its_shard_does_not_stop_the_run(settings, monkeypatch):
+    original = StableDiffusionPipeline.encode_prompt
+
+    def picky(self, prompt=None, *arguments, **options):
+        if prompt is not None and any("fish" in text for text in prompt):
+            raise ValueError("I draw no fish")
+        return original(self, prompt, *arguments, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", picky)
+    report = generate(settings("lonely"))  # the last shard holds the fish alone
+    assert (report["rows"], report["problems"]) == (4, {"one: drawing failed": 2, "two: drawing failed": 1})
+
+
+def test_a_pipeline_that_breaks_on_the_way_spoils_no_picture(settings, painters, monkeypatch):
+    """What a dead device could not draw is drawn by the next start, not recorded as failed for good."""
+    original, state = StableDiffusionPipeline.encode_prompt, {"dead": False}
+
+    def dying(self, prompt=None, *arguments, **options):
+        state["dead"] |= any("dog" in text for text in prompt or [])
+        if state["dead"]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return original(self, prompt, *arguments, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", dying)
+    spec = {"steps": 1, "guidance": 2.0, "images": 2, "batch_size": 2}
+    config = settings("dying", pipelines=[{"name": n, "model": m, **spec} for n, m in zip("ab", painters, strict=True)])
+    with pytest.raises(DataError, match="illegal memory access.*run again"):
+        generate(config)
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", original)
+    report = generate(config)
+    assert (report["rows"], report["problems"]) == (5, {})
+
+
 def test_a_pipeline_that_fails_on_everything_stops_the_run(settings, monkeypatch):
     def broken(*arguments, **options):
         raise ValueError("out of order")
 
     monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", broken)
-    with pytest.raises(DataError, match="failed on all 4 pictures of a shard.*out of order"):
+    with pytest.raises(DataError, match="pipeline one draws nothing any more.*out of order"):
         generate(settings())
 
 
@@ -281,6 +392,19 @@ def test_repeated_and_even_pictures_are_marked_not_ranked(settings, painters):
     assert first["problems"] == ["", "duplicate of candidate 0", "duplicate of candidate 0"]
 
 
+@pytest.mark.parametrize(("judge", "word"), [("Miscounting", "expected 3 numbers.*got 2"), ("Sure", "from 0 to 1")])
+def test_a_scorer_that_answers_nonsense_invents_no_scores(settings, judge, word):
+    spec = {"name": "odd", "model": JUDGES + judge}
+    with pytest.raises(DataError, match=rf"odd: .*{word}"):
+        generate(settings(reward_models=[spec], prompts_per_shard=1))
+
+
+def test_a_reward_model_that_cannot_be_loaded_is_found_before_anything_is_drawn(settings, monkeypatch):
+    monkeypatch.setattr("diffalign.synthesis.run.Artist", None)  # would be called
+    with pytest.raises(ConfigError, match="mps: its weights are published only as a pickled module"):
+        generate(settings(reward_models=["mps"], load_models="one_by_one"))
+
+
 # --- ways of drawing and judging ---------------------------------------------------------------------------------
 
 
@@ -297,6 +421,32 @@ def test_a_judge_of_pairs_votes_by_its_comparisons(settings):
     assert (
         pq.read_table(Path(config.output_dir) / "train-00000.parquet")["images"][0][0]["bytes"].as_py()[8:12] == b"WEBP"
     )
+
+
+@pytest.mark.parametrize("options", [{"ask": "pairs"}, {}])
+def test_a_judge_of_both_kinds_is_asked_for_pairs_when_told(settings, options):
+    config = settings(reward_models=[{"name": "both", "model": JUDGES + "BothJudge", **options}])
+    generate(config)
+    row = next(iter(load_preferences(config.output_dir)))
+    red = [np.asarray(image)[..., 0].mean() for image in row.images]
+    green = [np.asarray(image)[..., 1].mean() for image in row.images]
+    wanted = green if options else red
+    assert row.rank == [1 + sum(other > own for other in wanted) for own in wanted]
+
+
+def test_diversity_is_the_mean_distance_of_embeddings_when_asked(settings):
+    spec = {"name": "eye", "model": JUDGES + "Eye"}
+    config = settings(reward_models=[spec], diversity="eye")
+    report = generate(config)
+    shares = []
+    for row in load_preferences(config.output_dir):
+        seen = [np.asarray(image, dtype=float).mean((0, 1)) for image in row.images]
+        seen = [vector / np.linalg.norm(vector) for vector in seen]
+        shares += [1 - a @ b for i, a in enumerate(seen) for b in seen[:i]]
+    assert report["diversity"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert "cosine distance of the eye embeddings" in (Path(config.output_dir) / "README.md").read_text()
+    with pytest.raises(ConfigError, match="red has no `embed`"):
+        generate(settings("no", diversity="red"))
 
 
 def test_a_style_set_is_ranked_by_its_pipelines(settings, painters):
@@ -334,3 +484,6 @@ def test_lora_pipelines_and_the_policy_of_a_run(settings, painters, tmp_path):
     assert report["by_pipeline"]["base"]["mean_scores"] != report["by_pipeline"]["policy"]["mean_scores"]
     with pytest.raises(ConfigError, match="named 'policy' already"):
         with_policy(config, run)
+    pinned = settings(pipelines=[one | {"model": "some/other", "revision": "v9", "variant": "fp16"}])
+    policy = with_policy(pinned, run).pipelines[1]
+    assert (policy.model, policy.revision, policy.variant) == (painters[0], None, None)  # another model's mean nothing

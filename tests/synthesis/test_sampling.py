@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
 
 from diffalign.errors import ConfigError
 from diffalign.synthesis.sampling import generate_images, iterate_images, picture_seed
@@ -78,6 +79,18 @@ def test_each_prompt_is_encoded_once(monkeypatch):
     monkeypatch.setattr(pipeline, "encode_prompt", spy)
     generate_images(pipeline, PROMPTS, SEEDS, batch_size=2, **SETTINGS)
     assert sorted(encoded) == ["", "a bird", "a cat", "a dog"]  # "" is the negative branch
+
+
+def test_prompts_that_are_cut_are_counted_not_printed(caplog, capfd):
+    level = diffusers_logging.get_verbosity()
+    prompts = ["a cat", "word " * 2000, "word " * 2000, "long " * 2000]
+    generate_images(tiny_sd(), prompts, [0, 0, 1, 0], steps=1, guidance=1.0, batch_size=2)
+    assert [record.getMessage()[:40] for record in caplog.records if record.name.startswith("diffalign")] == [
+        "2 prompts are longer than the 77 tokens "
+    ]
+    captured = capfd.readouterr()
+    assert "word word" not in captured.out + captured.err
+    assert diffusers_logging.get_verbosity() == level
 
 
 def test_the_pipeline_is_left_as_it_was():

@@ -51,12 +51,32 @@ def test_overrides_reach_parts_by_name_and_number():
         ("rank_by=vote", "'votes', 'weighted_sum' or 'pipelines'; got 'vote'"),
         ("image_quality=80", "no effect on png"),
         ("held_out=1", "less than 1"),
+        ("reward_models.0.weight=.nan", "finite number"),
+        ("pipelines.0.guidance=.inf", "finite number"),
+        ("reward_models.0.weight=-1", "weight: a share of the votes, at least 0"),
+        ("diversity=shape", "none of reward_models; did you mean 'shapes'"),
         ("nonsense", "expected key=value"),
     ],
 )
 def test_mistakes_are_named(override, word):
     with pytest.raises(ConfigError, match=word):
         load_generation("shapes-synpic", [override])
+
+
+def test_a_pipeline_is_named_after_the_last_part_of_its_model():
+    given = ["a/sd-1.4", "a/sd-1.5", "my/weights.safetensors"]
+    config = load_generation("shapes-synpic", [f"pipelines=[{', '.join(given)}]"])
+    assert list(config.artists) == ["sd-1.4", "sd-1.5", "weights"]
+
+
+def test_what_changes_no_score_may_change_between_starts():
+    judge = {"model": "unified-reward", "options": {"base_url": "http://a:1/v1", "api_key": "secret", "batch_size": 4}}
+    first = load_generation("shapes-synpic").model_dump() | {"reward_models": [judge]}
+    moved = judge | {"options": {"base_url": "http://b:2/v1", "api_key": "other", "timeout": 9.0}}
+    assert GenerationConfig(**first).content() == GenerationConfig(**first | {"reward_models": [moved]}).content()
+    assert "secret" not in str(GenerationConfig(**first).content())
+    other = judge | {"options": {"family": "think"}}
+    assert GenerationConfig(**first).content() != GenerationConfig(**first | {"reward_models": [other]}).content()
 
 
 def test_a_missing_key_is_explained():

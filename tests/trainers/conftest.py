@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from diffalign.data import PreferenceDataset, load_preferences
 from diffalign.shapes import render, sample_caption
@@ -27,12 +26,6 @@ def preference_rows(count: int = 6, candidates: int = 2, seed: int = 0) -> list[
             {"prompt": f"{caption} {i}", "images": images, "preference": np.linspace(1, 0, candidates).tolist()}
         )
     return rows
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> None:
-    """Accelerate keeps one precision per process; a test that wants another starts over."""
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

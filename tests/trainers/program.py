@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 
-from diffalign.trainers import DPOConfig, DPOTrainer
+from diffalign.trainers import DPOConfig, DPOTrainer, SmPOConfig, SmPOTrainer
 from tests.tiny import tiny_sdxl
 from tests.trainers.conftest import preference_rows
 
+METHODS = {"dpo": (DPOTrainer, DPOConfig), "smpo": (SmPOTrainer, SmPOConfig)}
 
-class Mortal(DPOTrainer):
-    """Dies where it is told to."""
+
+class Mortal:
+    """A trainer with this before it dies where it is told to."""
 
     kill_at = ("never", 0)
 
@@ -47,8 +49,9 @@ def main() -> None:
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in settings)}
     defaults = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "ema_decay": 0.9, "warmup_steps": 3}
     defaults |= {"save_every": 2, "log_every": 2, "caption_dropout": 0.3, "lora_dropout": 0.1, "resume": "latest"}
-    config = DPOConfig(output_dir=output_dir, progress_bar=False, **(defaults | options))
-    Mortal(tiny_sdxl(), config, train_dataset=preference_rows()).train()
+    trainer, config = METHODS[options.pop("method", "dpo")]
+    settings_of = config(output_dir=output_dir, progress_bar=False, **(defaults | options))
+    type("MortalTrainer", (Mortal, trainer), {})(tiny_sdxl(), settings_of, train_dataset=preference_rows()).train()
 
 
 if __name__ == "__main__":

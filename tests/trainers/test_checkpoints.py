@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import errno
+import resource
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffalign.errors import CheckpointError
 from diffalign.trainers.checkpoints import damage, find_checkpoint, list_checkpoints, write_checkpoint
@@ -44,6 +47,32 @@ def test_a_really_full_disk_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="could not write"):
         write_checkpoint(tmp_path, 1, lambda folder: _write_to_full_device(), keep=None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kilobytes", [1, 64, 512])
+def test_a_disk_that_fills_up_inside_torch_save_is_named_and_nothing_half_written_stays(tmp_path, kilobytes):
+    """torch tells of a full disk as a RuntimeError; a limit on file size stands for the disk."""
+    write(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write .*-000002: the disk is full. .*untouched"):
+            write_checkpoint(tmp_path, 2, lambda f: torch.save(torch.zeros(300_000), f / "optimizer.bin"), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_a_bug_while_saving_keeps_its_own_error(tmp_path):
+    def broken(folder: Path) -> None:
+        save(folder)
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch") as caught:
+        write_checkpoint(tmp_path, 1, broken, keep=None)
+    assert not isinstance(caught.value, CheckpointError) and list(tmp_path.iterdir()) == []
 
 
 def _write_to_full_device() -> None:

@@ -114,8 +114,11 @@ def test_two_processes_equal_one(batch_of_four, tmp_path):
     assert_same_metrics(folder, batch_of_four)
 
 
-def test_two_processes_precompute_what_one_does(tmp_path):
-    settings = SAME | {"precompute_reference": 2, "adapter": "none"}
+@pytest.mark.parametrize("method", ["dpo", "smpo"])
+def test_two_processes_precompute_what_one_does(tmp_path, method):
+    """SmPO: each process inverts its share before the first step, and finds the other's share in the cache."""
+    settings = SAME | {"precompute_reference": 2, "adapter": "none", "method": method}
+    settings |= {"inversion_steps": 3} if method == "smpo" else {}
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, extra in ((one, {"batch_size": 4}), (two, {"batch_size": 2, "processes": 2})):
         result = run(folder, **settings, **extra)

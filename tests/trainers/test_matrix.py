@@ -12,8 +12,20 @@ from diffalign.data import load_preferences
 from diffalign.evaluation.lora import find_weights
 from diffalign.pipelines import load_pipeline
 from diffalign.synthesis import generate_images
-from tests.synthesis.test_sampling import FAMILIES
+from diffalign.trainers import PrefGRPOConfig, PrefGRPOTrainer, SelfNPOConfig, SelfNPOTrainer
+from reward_models import FunctionRewardModel
+from tests.synthesis.test_sampling import FAMILIES as SAMPLED
+from tests.tiny import tiny_sd3
+from tests.trainers.grpo.conftest import brightness
 from tests.trainers.test_methods import METHODS, scored_rows, weights
+
+FAMILIES = SAMPLED | {"sd3.5": lambda: tiny_sd3(version="3.5")}
+PROMPTS = ["a red circle", "two blue squares"]
+# Methods that learn from prompts alone.
+ONLINE = {
+    "selfnpo": {"batch_size": 2, "teacher_guidance": -4.0},
+    "prefgrpo": {"batch_size": 2, "prompts_per_rollout": 1, "group_size": 2, "sampling_steps": 3, "clip_range": 1e-2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +38,39 @@ def picture(pipeline) -> np.ndarray:
     return np.asarray(generate_images(pipeline, ["a"], [0], steps=1, guidance=1.0, height=32, width=32)[0])
 
 
-@pytest.mark.parametrize("adapter", ["lora", "none"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_steps_export_and_reload(make_trainer, shared, tmp_path, family, method, adapter):
+@pytest.fixture
+def build(make_trainer, shared, tmp_path):
+    """A trainer of any method for two steps."""
     table, cache = shared
-    cls, config, own = METHODS[method]
-    settings = {"adapter": adapter, "max_steps": 2, "resolution": 32, "cache_dir": str(cache / family), **own}
+
+    def make(family, method, adapter, pipeline):
+        settings = {"adapter": adapter, "max_steps": 2, "resolution": 32}
+        if method in METHODS:
+            cls, config, own = METHODS[method]
+            own = {"cache_dir": str(cache / family), **own}
+            return make_trainer(pipeline, table, cls=cls, config=config, **settings, **own)
+        settings |= {
+            "output_dir": str(tmp_path / "run"),
+            "learning_rate": 1e-2,
+            "progress_bar": False,
+            **ONLINE[method],
+        }
+        if method == "selfnpo":
+            return SelfNPOTrainer(pipeline, SelfNPOConfig(**settings, cache_dir=str(cache / family)), PROMPTS)
+        return PrefGRPOTrainer(
+            pipeline, PrefGRPOConfig(**settings), PROMPTS, reward_models=[FunctionRewardModel(brightness)]
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("method", [*METHODS, *ONLINE])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_steps_export_and_reload(build, tmp_path, family, method, adapter):
     pipeline = FAMILIES[family]()
     untrained = picture(pipeline)
-    trainer = make_trainer(pipeline, table, cls=cls, config=config, **settings)
+    trainer = build(family, method, adapter, pipeline)
     before = weights(trainer)
     metrics = trainer.train()["metrics"]
     assert math.isfinite(metrics["loss"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from diffalign.errors import CheckpointError, ConfigError
+from diffalign.errors import CheckpointError, ConfigError, DivergenceError
 from diffalign.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -20,8 +22,9 @@ from diffalign.trainers import (
     SmPOConfig,
     SmPOTrainer,
 )
-from diffalign.trainers.reference import FrozenReference, Reference
-from tests.tiny import tiny_sd, tiny_sdxl
+from diffalign.trainers.batches import Draw
+from diffalign.trainers.reference import FrozenReference, Reference, weights_hash
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.trainers.conftest import preference_rows
 
 METHODS = {
@@ -81,10 +84,16 @@ def test_mapo_never_builds_or_calls_a_reference(make, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("MaPO has no reference")
 
+    def networks() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) is UNet2DConditionModel}
+
     for cls in (Reference, FrozenReference):
         monkeypatch.setattr(cls, "__init__", refuse)
+    monkeypatch.setattr("diffalign.trainers.loop.build_reference", refuse)
     for adapter in ("none", "lora"):
-        trainer = make("mapo", adapter, adapter=adapter, max_steps=2)
+        pipeline, before = tiny_sdxl(), networks()
+        trainer = make("mapo", adapter, pipeline=pipeline, adapter=adapter, max_steps=2)
         if adapter == "lora":
             trainer.denoiser.disable_adapters = refuse
         calls = []
@@ -92,8 +101,9 @@ def test_mapo_never_builds_or_calls_a_reference(make, monkeypatch):
         trainer.train()
         assert trainer.reference is None
         assert len(calls) == 2
-    with pytest.raises(ConfigError, match="precompute_reference"):
-        make("mapo", "x", precompute_reference=2)
+        assert networks() <= before  # no second one in memory
+    with pytest.raises(ConfigError, match="precompute_reference=2, but this method compares with no reference"):
+        make("mapo", "x", precompute_reference=2, draws_per_row=8)
 
 
 def test_rankdpo_without_weights_on_two_images_is_dpo(make):
@@ -109,6 +119,28 @@ def test_smpo_with_sure_labels_and_ordinary_noise_is_dpo_bit_for_bit(make):
     dpo.train()
     smpo.train()
     assert all(torch.equal(a, b) for a, b in zip(weights(dpo), weights(smpo), strict=True))
+
+
+def test_smpo_gives_each_pair_its_own_timestep_weight_and_noise(make):
+    """Oracle 7.3.5 on a real network: a batch of different p and t is its pairs one by one."""
+    trainer = make("smpo", score="clip", score_range=[0.0, 0.3], pairs="all", batch_size=4)
+    torch.manual_seed(0)
+    for parameter in trainer.parameters:  # away from the reference, where every loss is ln 2
+        parameter.data += 0.01 * torch.randn_like(parameter)
+
+    def losses(draws):
+        batch = trainer.noised(trainer.collate(draws))
+        reference_error = trainer.reference_error(batch)
+        with torch.no_grad():
+            policy_error = trainer.passes.errors(trainer.denoiser, batch.images()).view(batch.shape)
+        return trainer.compute(policy_error, reference_error, batch).loss, batch
+
+    draws = [Draw(6 * row + row, 0) for row in range(4)]  # another of the six pairs of each row
+    together, batch = losses(draws)
+    assert len(set(batch.timesteps.tolist())) == 4 and len(set(batch.probability.tolist())) > 1
+    alone = torch.cat([losses([draw])[0] for draw in draws])
+    assert torch.allclose(together, alone, rtol=1e-3)
+    assert together.std() > 0.01
 
 
 def test_smpo_learns_nothing_from_undecided_pairs(make):
@@ -136,6 +168,70 @@ def test_smpo_noise_is_the_inversion_and_is_found_again(make, build):
     assert torch.allclose(again.noised(plain).noise, batch.noise)
 
 
+def test_smpo_inverts_an_image_once_for_each_bucket_and_trains_there(make, caplog, tmp_path):
+    settings = {"sample_latents": False, "inversion_buckets": 3, "min_timestep": 100, "max_timestep": 399}
+    trainer = make("smpo", max_steps=2, **settings)
+    everything = torch.arange(100, 400)
+    assert torch.equal(trainer._bucketed(everything), torch.tensor([150, 250, 350]).repeat_interleave(100))
+    calls = []
+    trainer.reference.module.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(30):
+        draws = trainer.stream.step(step)
+        batch = trainer.noised(trainer.collate(draws))
+        assert set(batch.timesteps.tolist()) <= {150, 250, 350}
+        noise = trainer._invert(batch.images()).view(batch.shape + batch.noise.shape[2:])
+        assert torch.allclose(noise, batch.noise, atol=1e-3)  # exact for the timestep that is trained on
+    assert len(trainer.inversions) <= 3 * 2 * len(trainer.examples)
+    calls.clear()
+    for step in range(30):
+        trainer.noised(trainer.collate(trainer.stream.step(step)))
+    assert calls == []
+    batch = trainer.noised(trainer.collate(trainer.stream.step(1)))
+    assert trainer.train()["metrics"]["noise/std"] == pytest.approx(batch.noise.flatten(1).std(1).mean().item())
+    assert "needed twice" not in caplog.text
+    for count in (1, 7, 300, 5000):  # any number stays inside, and a bucket for each timestep is that timestep
+        middles = make("smpo", f"{count}", **(settings | {"inversion_buckets": count}))._bucketed(everything)
+        assert len(middles.unique()) == min(count, 300) and middles.min() >= 100 and middles.max() <= 399
+        assert count < 300 or torch.equal(middles, everything)
+    once = make("smpo", "once", max_steps=9)
+    assert "needed twice" in caplog.text
+    assert once.train()["steps"] == 9 and once.inversions is None
+    shared = make(  # an epoch: 24 pairs of 16 images
+        "smpo", "shared", pairs="all", max_steps=6, batch_size=4, cache_dir=str(tmp_path / "own")
+    )
+    shared.train()
+    assert len(shared.inversions) == 16
+    for wrong, named in (
+        ({"sample_latents": True}, "sample_latents=false"),
+        ({"inverter": "policy"}, "inverter=policy"),
+        ({"inversion_steps": 0}, "inversion_steps=0"),
+        ({"timesteps": [500], "min_timestep": 0, "max_timestep": None}, "a list of timesteps"),
+        ({"inversion_buckets": 0}, "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            make("smpo", "x", **(settings | wrong))
+
+
+@pytest.mark.parametrize("settings", [{}, {"draws_per_row": 1}])
+def test_an_inversion_that_breaks_stops_the_run_by_the_names_of_its_rows(make, settings):
+    trainer = make("smpo", max_steps=3, **settings)
+    poisoned, invert = trainer.collate(trainer.stream.step(1)).row_ids[0], trainer.passes.predict
+
+    def broken(model, noisy, images, time=None):
+        out = invert(model, noisy, images, time)
+        if trainer.step == 1 and model is trainer.reference.module:
+            out[0] = math.nan
+        return out
+
+    trainer.passes.predict = broken
+    with pytest.raises(DivergenceError, match=f"step 2 for row.* {poisoned}") as caught:
+        trainer.train()
+    assert "checkpoint-000001" in str(caught.value) and (trainer.output_dir / "checkpoint-000001").is_dir()
+    assert all(torch.isfinite(p).all() for p in weights(trainer))
+    if settings:
+        assert all(trainer.inversions.get(key).isfinite().all() for key in trainer.inversions)
+
+
 def test_smpo_inverts_with_the_policy_when_asked(make):
     trainer = make("smpo", inverter="policy", max_steps=2)
     plain = trainer.collate(trainer.stream.step(0))
@@ -146,6 +242,24 @@ def test_smpo_inverts_with_the_policy_when_asked(make):
     assert trainer.denoiser.training
     with pytest.raises(ConfigError, match="inverter=reference"):
         make("smpo", "x", inverter="policy", precompute_reference=1)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_reference_does_not_move_when_the_policy_trains(make, adapter):
+    """Oracle 7.1.10: after updates with weight decay its predictions are the base's, to the last bit."""
+    trainer = make("dpo", adapter=adapter, weight_decay=0.1, max_steps=2)
+    images = trainer.collate(trainer.stream.step(0)).images()
+
+    def reference() -> torch.Tensor:
+        with torch.no_grad(), trainer.reference.use(trainer.model) as module:
+            return trainer.passes.errors(module, images)
+
+    before, start = reference(), weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(start, weights(trainer), strict=True))
+    assert torch.equal(reference(), before)
+    frozen = trainer.denoiser if adapter == "lora" else trainer.reference.module
+    assert weights_hash(frozen, skip="lora_") == trainer.reference.identity == weights_hash(tiny_sdxl().unet)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,6 +279,10 @@ def test_images_in_parts_give_the_same_gradients(make, method, adapter):
     assert max(widest) <= 2
     with pytest.raises(ConfigError, match="lora_dropout=0"):
         make(method, "x", images_per_pass=2, adapter="lora", lora_dropout=0.1)
+    pipeline = tiny_sdxl()
+    next(module for module in pipeline.unet.modules() if isinstance(module, torch.nn.Dropout)).p = 0.1
+    with pytest.raises(ConfigError, match="dropout of this network"):
+        make(method, "y", pipeline=pipeline, images_per_pass=2)
 
 
 @pytest.mark.parametrize("method", ["dpo", "smpo", "rankdpo"])
@@ -264,6 +382,21 @@ def test_the_first_and_the_last_timestep_train(make, method, t):
     assert all(torch.isfinite(p).all() for p in weights(trainer))
 
 
+@pytest.mark.parametrize("method", ["dpo", "smpo"])
+@pytest.mark.parametrize("t", [0, 999])
+@pytest.mark.parametrize("kind", ["flow", "v, zero terminal SNR"])
+def test_the_first_and_the_last_timestep_train_in_other_parameterisations(make, method, t, kind):
+    flow = kind == "flow"
+    pipeline = tiny_sd3() if flow else tiny_sd(prediction_type="v_prediction")
+    settings = {"timesteps": [t], "timestep_density": "uniform", "zero_terminal_snr": not flow, "max_steps": 2}
+    trainer = make(method, pipeline=pipeline, **settings)
+    metrics = trainer.train()["metrics"]
+    assert math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    assert all(torch.isfinite(p).all() for p in weights(trainer))
+    if t == 999 and not flow:  # nothing of the picture is left: an error in epsilon space is worth 0
+        assert metrics["grad_norm"] == 0
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "named"),
     [
@@ -275,6 +408,7 @@ def test_the_first_and_the_last_timestep_train(make, method, t):
         ("dpo", {"smoothing": "robust"}, "label_smoothing=0"),
         ("dpo", {"label_smoothing": 0.5}, "below 0.5"),
         ("dpo", {"density_mean": 1.0}, "drawn uniformly"),
+        ("dpo", {"timestep_density": "shift"}, "shift of a flow model"),
         ("dpo", {"curriculum_stages": 1}, "curriculum_stages"),
         ("rankdpo", {"weighting": "none", "log_base": 3.0}, "log_base=3.0 has no effect"),
     ],

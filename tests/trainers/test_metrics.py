@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import socket
+import os
 
 import pytest
 import torch
@@ -118,17 +118,11 @@ def test_shapes_are_checked():
         MetricAccumulator(num_timesteps=2, buckets=4)
 
 
-def _process(rank: int, port: int, folder: str) -> None:
-    import os
-
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _process(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
+    # They find each other by a file: a port that was free may be taken by the time it is used.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     accelerator = Accelerator(cpu=True)
     values, timesteps = _rows(5)
     accumulator = MetricAccumulator()
@@ -144,10 +138,7 @@ def _process(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_process, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
     single = MetricAccumulator()
     single.add(*_rows(5))
     expected = single.reduce()

@@ -16,6 +16,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffalign.errors import ConfigError
+from diffalign.pipelines.hub import model_licence
+from diffalign.shapes import pipeline_folder
 from diffalign.trainers.config import DPOConfig, SFTConfig, TrainingConfig
 from diffalign.trainers.health import Alarm
 from diffalign.trainers.model_card import push_to_hub, write_model_card
@@ -115,6 +117,9 @@ def test_other_methods(tmp_path):
     assert "strange" in header["tags"] and "**Strange**" in text
 
 
+BASE_CARD = b"---\nlicense: openrail++\n---\n# A base\n"
+
+
 class _Hub(BaseHTTPRequestHandler):
     """The few endpoints of the hub that an upload of small files speaks to."""
 
@@ -141,8 +146,18 @@ class _Hub(BaseHTTPRequestHandler):
             return self._answer(200, {"commitUrl": url, "commitOid": "0" * 40, "success": True})
         return self._answer(200, {})  # validation of the card's header
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         server: _Server = self.server  # type: ignore[assignment]
+        if self.path == "/tester/base/resolve/main/README.md":
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", str(len(BASE_CARD)))
+            self.end_headers()
+            return self.wfile.write(BASE_CARD if self.command == "GET" else b"")
         server.calls.append((self.path, self.headers.get("authorization"), b""))
         self._answer(200, {"id": "tester/aligned", "sha": "0" * 40, "siblings": [], "private": True, "name": "tester"})
 
@@ -202,6 +217,21 @@ def test_push_names_the_repository_after_the_folder(hub, tmp_path):
     config = DPOConfig(output_dir=str(tmp_path / "my-run"))
     push_to_hub(_final(tmp_path, config), config)
     assert any(path.startswith("/api/models/tester/my-run/commit/") for path, _, _ in hub.calls)
+
+
+def test_the_licence_is_the_one_that_the_bases_card_states(hub, tmp_path, monkeypatch):
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert model_licence("tester/base", ask_hub=False) is None
+    assert model_licence("tester/base") == "openrail++"
+    assert model_licence("shapes") == "apache-2.0" == model_licence(str(pipeline_folder()))
+    assert model_licence("tester/without-a-card") is None
+    for content, expected in ((b"---\nlicense: mit\n---\n", "mit"), (b"# no header\n", None), (b"---\n{\n---\n", None)):
+        (tmp_path / "README.md").write_bytes(content)
+        assert model_licence(str(tmp_path)) == expected
+    (tmp_path / "README.md").unlink()
+    assert model_licence(str(tmp_path)) is None
 
 
 def test_push_says_what_is_wrong(hub, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from diffalign.trainers.reference import AdapterReference, FrozenReference, weights_hash
+from diffalign.trainers.reference import AdapterReference, FrozenReference, InitialReference, weights_hash
 from tests.tiny import LATENT_SIZE, TEXT_WIDTH, tiny_sd
 
 
@@ -51,6 +51,18 @@ def test_adapters_come_back_after_an_error(unet):
         raise KeyError
     assert torch.equal(predict(unet), moved)
     assert any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_dropout_of_the_base_is_off_in_every_reference_and_on_again_after_it(unet):
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    base, network = predict(unet), with_lora(unet.requires_grad_(False)).train()
+    assert not torch.equal(predict(network), predict(network))
+    for reference in (AdapterReference(network), InitialReference(network), FrozenReference(network)):
+        with reference.use(network) as module:
+            assert torch.equal(predict(module), base)
+        assert network.training and all(module.training for module in network.modules())
 
 
 def test_the_frozen_copy_stays_when_the_policy_moves(unet):

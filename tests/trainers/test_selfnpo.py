@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffalign.errors import CheckpointError, ConfigError
 from diffalign.evaluation.lora import find_weights
@@ -15,6 +21,7 @@ from diffalign.trainers import SelfNPOConfig, SelfNPOTrainer
 from diffalign.trainers.reference import weights_hash
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "two blue stars", "a green square", "a star"]
 
 
@@ -115,6 +122,7 @@ def test_a_moving_teacher_follows_exactly(make):
         expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, parameters, strict=True)]
         for mine, theirs in zip(trainer.average.shadow, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert make(folder="usual", adapter="none", teacher="ema").average.decay == 0.999
     student = [p.detach().clone() for p in parameters]
     with trainer._teacher():
         assert all(torch.equal(p, a) for p, a in zip(parameters, [p.data for p in parameters], strict=True))
@@ -152,6 +160,34 @@ def test_batch_and_accumulation_give_the_same_weights(make):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
+def run_program(folder: Path, processes: int, *settings: str) -> tuple[list[dict[str, float]], dict]:
+    """Metrics and final weights of a run in so many processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    command = [sys.executable, *launcher, "-m", "tests.trainers.selfnpo_program", str(folder), *settings]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    weights = load_file(folder / "final" / "pytorch_lora_weights.safetensors")
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["frozen", "ema"])
+def test_two_processes_equal_one(tmp_path, teacher):
+    """The same prompts, noise and timesteps, hence weights that agree up to the order of additions."""
+    told = [f'teacher="{teacher}"'] + ["teacher_decay=0.5"] * (teacher == "ema")
+    one, weights = run_program(tmp_path / "one", 1, "batch_size=4", *told)
+    two, other = run_program(tmp_path / "two", 2, "batch_size=2", *told)
+    assert len(one) == 3
+    for x, y in zip(one, two, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            assert x[name] == pytest.approx(y[name], rel=2e-3, abs=1e-5), name
+    for name, weight in weights.items():
+        assert torch.allclose(weight, other[name], rtol=1e-4, atol=5e-6), name
+    assert any(weight.abs().max() > 1e-4 for name, weight in weights.items() if "lora_B" in name), "they have moved"
+
+
 def test_losses(make):
     trainer = make()
     d, s = torch.randn(2, 4, 8, 8), torch.tensor([200, 900])
@@ -177,6 +213,7 @@ def test_losses(make):
         ({"truncation_steps": 0}, "truncation_steps"),
         ({"min_timestep": 500, "max_timestep": 400}, "min_timestep"),
         ({"max_timestep": 1000}, "max_timestep"),
+        ({"resolution": 40}, "multiple of 16"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(make, settings, message):

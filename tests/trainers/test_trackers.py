@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import resource
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -75,6 +77,24 @@ def test_a_damaged_file_is_named_and_kept(accelerator, tmp_path):
     with pytest.raises(CheckpointError, match="line 2"):
         Trackers(accelerator, DPOConfig(), tmp_path, resumed_step=3)
     assert "rubbish" in file.read_text()
+
+
+def test_a_full_disk_names_the_file_and_the_run_goes_on_from_its_checkpoint(accelerator, tmp_path):
+    """A limit on file size stands for the full disk."""
+    trackers, file = Trackers(accelerator, DPOConfig(), tmp_path), tmp_path / "metrics.jsonl"
+    trackers.log(_metrics(1), 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*metrics.jsonl: .*free space.*resume=latest"):
+            trackers.log(_metrics(2), 2)
+        trackers.close()  # says nothing new
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    _run(accelerator, tmp_path, range(2, 3), resumed_step=1)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
 
 
 def test_nan_and_infinities_are_null(accelerator, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from diffalign.objectives.dpo import LOSS_TYPES
 from diffalign.synthesis import generate_images
 from diffalign.trainers import DPOConfig, SFTConfig, SFTTrainer
 from diffalign.trainers.checkpoints import damage
-from tests.tiny import tiny_sd, tiny_sdxl
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.trainers.conftest import preference_rows
 
 
@@ -55,8 +56,9 @@ def test_training_raises_the_accuracy_on_its_own_pairs(make_trainer):
     assert np.mean([line["loss"] for line in history[-10:]]) < math.log(2)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_every_loss_type_runs(make_trainer, loss_type):
+@pytest.mark.parametrize("loss_type", get_args(get_type_hints(DPOConfig)["loss_type"]))
+def test_every_loss_type_that_is_offered_runs(make_trainer, loss_type):
+    assert loss_type in LOSS_TYPES
     assert make_trainer(max_steps=1, loss_type=loss_type).train()["steps"] == 1
 
 
@@ -154,6 +156,33 @@ def test_gradient_checkpointing_changes_no_gradient(make_trainer, tmp_path):
         trainer = make_trainer(gradient_checkpointing=on, max_steps=1, output_dir=str(tmp_path / f"run-{on}"))
         norms.append(trainer.train()["metrics"]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_channels_last_changes_the_layout_and_nothing_else(make_trainer, tmp_path, adapter):
+    """Adam's epsilon damps what rounding makes of its tiny denominators."""
+    settings = {"adapter": adapter, "adam_epsilon": 0.1, "max_steps": 2, "save_every": 1}
+    settings |= {} if adapter == "lora" else {"ema_decay": 0.5}
+    runs = {}
+    for on in (False, True):
+        trainer = make_trainer(channels_last=on, output_dir=str(tmp_path / f"run-{on}"), **settings)
+        trainer.train()
+        runs[on] = trainer
+    assert runs[True].denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert runs[True].reference.identity == runs[False].reference.identity
+    for plain, other in zip(trained(runs[False]), trained(runs[True]), strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+    for plain, other in zip(lines(runs[False]), lines(runs[True]), strict=True):
+        assert other["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    max(runs[True].output_dir.glob("checkpoint-*")).rename(tmp_path / "away")
+    resumed = make_trainer(channels_last=True, output_dir=str(tmp_path / "run-True"), resume="latest", **settings)
+    resumed.train()
+    assert all(torch.equal(a, b) for a, b in zip(trained(resumed), trained(runs[True]), strict=True))
+
+
+def test_channels_last_is_refused_for_a_transformer(make_trainer):
+    with pytest.raises(ConfigError, match="channels_last=true is for networks of convolutions, a SD3Transformer"):
+        make_trainer(tiny_sd3(), channels_last=True)
 
 
 # --- when things go wrong ----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffalign.errors import ConfigError
@@ -195,3 +196,16 @@ def test_a_run_draws_the_base_once_and_a_resumed_one_reads_it_back(tmp_path):
     (tmp_path / "validation" / "base" / "001.png").unlink()
     with pytest.raises(ConfigError, match=r"001.png is missing"):
         validation().prepare(adapter.denoiser, resumed=True)
+
+
+def test_a_model_of_oblong_pictures_is_drawn_as_its_pipeline_draws():
+    """sample_size may be a pair, (height, width)."""
+    parts = tiny_sd().components
+    parts["unet"].register_to_config(sample_size=(8, 16))
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    adapter = adapter_for(pipeline)
+    assert adapter.native_size == (32, 64)
+    with torch.no_grad():
+        own = pipeline(PROMPTS[0], num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+    [drawn] = _draw(adapter, adapter.encode_prompts(PROMPTS[:1]), adapter.unconditional(), PROMPTS[:1], steps=1)
+    assert drawn.shape == (32, 64, 3) and own.size == (64, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
 from ..health import CHECKS, Curves
@@ -40,8 +41,8 @@ def reward_hacking(curves: Curves, active: bool) -> str | None:
 
 def no_spread(curves: Curves, active: bool) -> str | None:
     """In most groups all pictures are equally good to the judge, so that they have no advantage."""
-    silent = curves.last("group/silent")
-    if not silent or fmean(silent) < (SILENT / 2 if active else SILENT):
+    silent = _of_rollouts(list(curves.rows)[-curves.window :], "group/silent")
+    if len(curves.rows) < curves.window or not silent or fmean(silent) < (SILENT / 2 if active else SILENT):
         return None
     return (
         f"in {fmean(silent):.0%} of the groups every picture has the same reward, so nothing is learnt from them. Use "
@@ -51,10 +52,11 @@ def no_spread(curves: Curves, active: bool) -> str | None:
 
 def collapse(curves: Curves, active: bool) -> str | None:
     """Pictures of one prompt look more and more alike."""
-    known = [row["group/diversity"] for row in curves.rows if math.isfinite(row.get("group/diversity", math.nan))]
-    if len(known) < 2 * curves.window:
+    rows = list(curves.rows)
+    earlier, later = (_of_rollouts(part, "group/diversity") for part in (rows[: curves.window], rows[-curves.window :]))
+    if len(rows) < 2 * curves.window or not earlier or not later:
         return None
-    before, now = fmean(known[: curves.window]), fmean(known[-curves.window :])
+    before, now = fmean(earlier), fmean(later)
     if now > (COLLAPSE * 1.2 if active else COLLAPSE) * before:
         return None
     return (
@@ -64,6 +66,11 @@ def collapse(curves: Curves, active: bool) -> str | None:
 
 
 GRPO_CHECKS = CHECKS | {check.__name__: check for check in (reward_hacking, no_spread, collapse)}
+
+
+def _of_rollouts(rows: Sequence[dict[str, float]], name: str) -> list[float]:
+    """A rollout's number, which only the first of its updates carries."""
+    return [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
 
 
 def _sigmas(row: dict[str, float], name: str) -> float:

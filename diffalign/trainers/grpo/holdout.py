@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from reward_models import PairwiseRewardModel, RewardModel
+from reward_models import PairwiseRewardModel
 
-from ..validation import Validation
+from ..validation import Validation, save_image, side_by_side
+from .rewards import Model, can_score, labels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from ...pipelines import PipelineAdapter
     from ..config import PrefGRPOConfig
     from ..prompts import EncodedPrompts
-    from .rewards import Model
-
 
 log = logging.getLogger(__name__)
+SHOWN = 8  # pictures of a sheet
 
 
 class Holdout:
@@ -41,7 +41,7 @@ class Holdout:
         texts: hold-out prompts.
         prompts: their embeddings.
         config: sampling settings of validation pictures.
-        folder: keeps the base's pictures.
+        folder: keeps the base's pictures, and sheets of the policy's beside them.
         accelerator: autocast.
         training: reward models that training uses.
         unseen: reward models that it does not.
@@ -59,7 +59,9 @@ class Holdout:
         training: Sequence[Model],
         unseen: Sequence[Model],
     ) -> None:
-        self.texts, self.training, self.unseen = list(texts), list(training), list(unseen)
+        self.texts, self.folder = list(texts), folder
+        names = [f"training-{name}" for name in labels(training)] + labels(unseen)
+        self.models = dict(zip(names, (*training, *unseen), strict=True))
         self.pictures = Validation(
             adapter,
             self.texts,
@@ -75,12 +77,12 @@ class Holdout:
     def prepare(self, denoiser: nn.Module, *, resumed: bool) -> None:
         """Draw and score the base's pictures before the first step, or read them back."""
         self.pictures.prepare(denoiser, resumed=resumed)
-        for model in (*self.training, *self.unseen):
-            if isinstance(model, RewardModel):
-                self.base[model.name] = model.score(self.pictures.base_images, self.texts).double()
+        for label, model in self.models.items():
+            if can_score(model):
+                self.base[label] = model.score(self.pictures.base_images, self.texts).double()
 
-    def measure(self, denoiser: nn.Module) -> dict[str, float]:
-        """Scores of the policy's pictures.
+    def measure(self, denoiser: nn.Module, step: int) -> dict[str, float]:
+        """Scores of the policy's pictures, of which the first ``SHOWN`` are saved beside the base's.
 
         Returns:
             By model: ``holdout/NAME`` the mean score, ``holdout/NAME_change`` its paired difference from the base with
@@ -88,25 +90,26 @@ class Holdout:
             base minus 1/2. Names of training rewards start with ``training-``.
         """
         images = self.pictures.draw(denoiser)
-        labelled = [(f"training-{model.name}", model) for model in self.training]
-        labelled += [(model.name, model) for model in self.unseen]
+        sheet = side_by_side(self.pictures.base_images[:SHOWN], images[:SHOWN], self.texts[:SHOWN])
+        save_image(sheet, self.folder / f"step-{step:06d}.png")
         values: dict[str, float] = {}
-        for label, model in labelled:
+        for label, model in self.models.items():
             try:
                 values |= self._of(model, label, images)
             except Exception as error:  # noqa: BLE001 (a hold-out that is not measured must not end a run)
-                log.warning("the hold-out could not be scored by %s: %s", model.name, error)
+                log.warning("the hold-out could not be scored by %s: %s", label, error)
         return values
 
     def _of(self, model: Model, label: str, images: list[Image.Image]) -> dict[str, float]:
         values: dict[str, float] = {}
-        if isinstance(model, RewardModel):
+        if can_score(model):
             scores = model.score(images, self.texts).double()
             found = scores[~scores.isnan()]
             if len(found):
                 values[f"holdout/{label}"] = float(found.mean())
-            change = scores - self.base[model.name]
+            change = scores - self.base[label]
         else:
+            assert isinstance(model, PairwiseRewardModel)
             change = self._against_base(model, images)
         change = change[~change.isnan()]
         if len(change):

@@ -6,10 +6,11 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 import yaml
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Model = RewardModel | PairwiseRewardModel
 RETRY_SECONDS = 5.0
+LATE_IN_A_ROW = 2  # once may be a hiccup; a judge that hangs for good would let a run learn nothing for days
 
 
 def load_rewards(names: Sequence[str]) -> list[Model]:
@@ -49,6 +51,18 @@ def load_rewards(names: Sequence[str]) -> list[Model]:
     return models
 
 
+def can_score(model: Model) -> TypeGuard[RewardModel]:
+    """Whether a model scores pictures one at a time; some judges have the method but no question for it."""
+    return isinstance(model, RewardModel) and not getattr(model, "pairs_only", False)
+
+
+def labels(models: Sequence[Model]) -> list[str]:
+    """The models' names in metrics; of several with one name, each but the first gets its number: clip, clip-2."""
+    names = [model.name for model in models]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
+
+
 @dataclass
 class GroupReward:
     """What one reward model says of one group.
@@ -66,6 +80,10 @@ class GroupReward:
     timed_out: bool = False
 
 
+#: Prompt, pictures and one future per model, by group.
+Work: TypeAlias = dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]
+
+
 class RewardDesk:
     """Asks every reward model about every group, each model in a thread of its own and in the order of groups.
 
@@ -79,20 +97,23 @@ class RewardDesk:
 
     def __init__(self, models: Sequence[Model], config: PrefGRPOConfig) -> None:
         self.models, self.config = list(models), config
-        if config.reward == "score" and (deaf := [m.name for m in models if not isinstance(m, RewardModel)]):
+        if config.reward == "score" and (deaf := [m.name for m in models if not can_score(m)]):
             raise ConfigError(f"{', '.join(deaf)} only compares pictures: use reward=win_rate.")
-        self.lines = [_Line(model.name) for model in self.models]
+        self.names = labels(models)
+        self.lines = [_Line(name) for name in self.names]
+        self.late = [0] * len(self.models)  # rollouts in a row in which a model was late with everything
+        self.failures = [_failures(model) for model in self.models]  # up to the last rollout
 
     def submit(self, group: int, prompt: str, images: list[Image.Image]) -> list[Future[GroupReward]]:
         """Have a group judged; returns one future per model."""
-        return [
-            line.submit(lambda model=model: self.judge(model, group, prompt, images))
-            for line, model in zip(self.lines, self.models, strict=True)
-        ]
+        return [self._hand_in(number, group, prompt, images) for number in range(len(self.models))]
+
+    def _hand_in(self, number: int, group: int, prompt: str, images: list[Image.Image]) -> Future[GroupReward]:
+        return self.lines[number].submit(lambda: self.judge(self.models[number], group, prompt, images))
 
     def judge(self, model: Model, group: int, prompt: str, images: list[Image.Image]) -> GroupReward:
         """One model on one group, now."""
-        config, began = self.config, time.monotonic()
+        config, began, before = self.config, time.monotonic(), _own_counts(model)
         stats: dict[str, float] = {}
         if isinstance(model, PairwiseRewardModel) and config.reward == "win_rate":
             ask = _ask_judge(model, images, prompt)
@@ -101,6 +122,7 @@ class RewardDesk:
             scores = model.score(images, [prompt] * len(images)).double()
             stats = _score_stats(scores)
             if config.reward == "score":
+                stats |= _own_stats(before, _own_counts(model))
                 return GroupReward(scores, stats, time.monotonic() - began)
             ask = ask_scores(scores, config.tie_margin)
         out = win_rates(
@@ -111,78 +133,116 @@ class RewardDesk:
             opponents=config.opponents,
             both_orders=config.both_orders,
         )
-        return GroupReward(out.win_rate, out.stats | stats, time.monotonic() - began)
+        stats = out.stats | stats | _own_stats(before, _own_counts(model))
+        return GroupReward(out.win_rate, stats, time.monotonic() - began)
 
-    def collect(self, work: dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]) -> Collected:
+    def collect(self, work: Work) -> Collected:
         """Wait for the rewards of groups.
 
-        A group that is late is missing. A model that fails on everything is asked again until it answers or
-        ``judge_patience`` is over.
+        A group that is late is missing, and nobody is asked about it any more. A model that fails on everything, or is
+        late with everything ``LATE_IN_A_ROW`` times, is asked again until it answers or ``judge_patience`` is over.
 
         Args:
-            work: prompt, pictures and futures of each group.
+            work: the groups.
         """
         deadline = time.monotonic() + self.config.reward_timeout
         found: dict[int, list[GroupReward]] = {group: [] for group in work}
-        down: list[str] = []
-        for number, model in enumerate(self.models):
-            results: dict[int, GroupReward] = {}
-            errors: list[Exception] = []
-            for group, (_, images, futures) in work.items():
-                try:
-                    results[group] = futures[number].result(max(0.0, deadline - time.monotonic()))
-                except TimeoutError:
-                    self.lines[number].abandon()
-                    results[group] = _nothing(images, timed_out=True)
-                except Exception as error:  # noqa: BLE001 (whatever a reward model raises)
-                    errors.append(error)
-                    results[group] = _nothing(images)
-            if work and _silent(results) and not any(r.timed_out for r in results.values()):
-                reason = str(errors[-1]) if errors else "it gave no usable answer to any group"
-                if (again := self._insist(model, work, reason)) is None:
-                    down.append(f"{model.name}: {reason}")
-                else:
-                    results = again
-            elif errors:
-                log.warning("%s failed on %d of %d groups: %s", model.name, len(errors), len(work), errors[-1])
+        down: dict[str, str] = {}
+        for number, name in enumerate(self.names):
+            futures = {group: entry[2][number] for group, entry in work.items()}
+            results, errors = self._await(number, work, futures, deadline)
+            if work and _silent(results):
+                late = any(result.timed_out for result in results.values())
+                self.late[number] = self.late[number] + 1 if late else 0
+                if not late or self.late[number] >= LATE_IN_A_ROW:
+                    reason = self._reason(number, errors, late)
+                    if (again := self._insist(number, work, reason)) is None:
+                        down[name] = reason
+                    else:
+                        results, self.late[number] = again, 0
+            else:
+                self.late[number] = 0
+                if errors:
+                    log.warning("%s failed on %d of %d groups: %s", name, len(errors), len(work), errors[-1])
+            self.failures[number] = _failures(self.models[number])
             for group in work:
                 found[group].append(results[group])
         return Collected(found, down)
 
-    def _insist(self, model: Model, work: dict[int, Any], reason: str) -> dict[int, GroupReward] | None:
-        until = time.monotonic() + self.config.judge_patience
-        while time.monotonic() < until:
+    def _await(
+        self, number: int, work: Work, futures: dict[int, Future[GroupReward]], deadline: float
+    ) -> tuple[dict[int, GroupReward], list[Exception]]:
+        """One model's rewards of each group, NaN where it failed or is late, and what it raised."""
+        results: dict[int, GroupReward] = {}
+        errors: list[Exception] = []
+        for group, future in futures.items():
+            images = work[group][1]
+            if not wait([future], max(0.0, deadline - time.monotonic())).done:
+                future.cancel()
+                self.lines[number].abandon()
+                results[group] = _nothing(images, timed_out=True)
+                continue
+            try:
+                results[group] = future.result()
+            except Exception as error:  # noqa: BLE001 (whatever a reward model raises, TimeoutError too)
+                errors.append(error)
+                results[group] = _nothing(images)
+        return results, errors
+
+    def _insist(self, number: int, work: Work, reason: str) -> dict[int, GroupReward] | None:
+        """Ask a silent model again and again; None when ``judge_patience`` is over. It may hang here too."""
+        name, patience = self.names[number], self.config.judge_patience
+        until = time.monotonic() + patience
+        while (left := until - time.monotonic()) > 0:
             log.warning(
                 "the reward model %s has stopped answering (%s). Training waits for it, %.0f s more.",
-                model.name,
+                name,
                 reason,
-                until - time.monotonic(),
+                left,
             )
-            time.sleep(min(RETRY_SECONDS, self.config.judge_patience / 4))
-            try:
-                results = {g: self.judge(model, g, prompt, images) for g, (prompt, images, _) in work.items()}
-            except Exception as error:  # noqa: BLE001
-                reason = str(error)
-                continue
+            time.sleep(min(RETRY_SECONDS, patience / 4))
+            futures = {
+                group: self._hand_in(number, group, prompt, images) for group, (prompt, images, _) in work.items()
+            }
+            results, errors = self._await(number, work, futures, time.monotonic() + self.config.reward_timeout)
             if not _silent(results):
-                log.warning("%s answers again; training goes on.", model.name)
+                log.warning("%s answers again; training goes on.", name)
                 return results
+            reason = self._reason(number, errors, any(result.timed_out for result in results.values()))
         return None
+
+    def _reason(self, number: int, errors: Sequence[Exception], late: bool) -> str:
+        if errors:
+            return str(errors[-1])
+        if late:
+            return f"it answered about no group within reward_timeout={self.config.reward_timeout:g} seconds"
+        new = (_failures(self.models[number]) - self.failures[number]).most_common(1)
+        return "it gave no usable answer to any group" + "".join(f" ({problem}, {n} times)" for problem, n in new)
 
 
 @dataclass
 class Collected:
-    """Rewards of groups, one per model; ``down`` names models that answer nothing at all."""
+    """Rewards of groups, one per model; ``down`` has the models that answer nothing at all, and why."""
 
     rewards: dict[int, list[GroupReward]]
-    down: list[str]
+    down: dict[str, str]
 
 
-def judge_is_down(down: Sequence[str], checkpoint: object) -> RewardError:
+def down_everywhere(reports: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Models that answer nobody: a process whose few prompts a judge will not speak about must not end the run.
+
+    Args:
+        reports: ``down`` of each process that asked about something.
+    """
+    return {n: why for n, why in reports[0].items() if all(n in report for report in reports)} if reports else {}
+
+
+def judge_is_down(down: dict[str, str], checkpoint: object) -> RewardError:
     """The error that pauses a run."""
+    told = "; ".join(f"{name}: {reason}" for name, reason in sorted(down.items()))
     return RewardError(
-        f"training is paused: {'; '.join(down)}. {checkpoint} holds everything up to here. Start the reward model "
-        "again and continue with resume=latest."
+        f"training is paused: {told}. {checkpoint} holds everything up to here. Start the reward model again and "
+        "continue with resume=latest."
     )
 
 
@@ -198,6 +258,34 @@ def _score_stats(scores: Tensor) -> dict[str, float]:
     stats = {"calls": float(len(scores)), "missing": 1 - len(found) / len(scores)}
     if len(found):
         stats |= {"score": float(found.mean()), "score_spread": float(found.std(correction=0))}
+    return stats
+
+
+def _failures(model: Model) -> Counter[str]:
+    """Reasons for which a judge that keeps count had no usable answer so far."""
+    return Counter(getattr(getattr(model, "statistics", None), "failures", {}))
+
+
+def _own_counts(model: Model) -> dict[str, float]:
+    """What a judge has counted of itself so far, as ``reward_models.unified_reward`` does; {} where it does not."""
+    book: Any = getattr(model, "statistics", None)
+    names = ("answers", "asked_again", "judged", "reversed", "lean")
+    if not all(hasattr(book, name) for name in (*names, "failures")):
+        return {}
+    return {name: float(getattr(book, name)) for name in names} | {"failures": float(sum(book.failures.values()))}
+
+
+def _own_stats(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What a judge that asks both orders by itself saw in between; outside, each of its pairs is one answer."""
+    if not after:
+        return {}
+    change = {name: value - before[name] for name, value in after.items()}
+    stats = {"questions": change["answers"] + change["asked_again"]}
+    if change["answers"]:
+        stats["unusable"] = change["failures"] / change["answers"]
+    if change["judged"]:
+        stats["disagreement"] = change["reversed"] / change["judged"]
+        stats["first_wins"] = (1 + change["lean"] / change["judged"]) / 2
     return stats
 
 
@@ -223,20 +311,22 @@ class _Line:
         return future
 
     def abandon(self) -> None:
-        """Leave a job that hangs, and all behind it, to their thread; later jobs get a new one."""
+        """Leave a job that hangs to its thread, which then ends; later jobs get a new one."""
         if self.jobs.unfinished_tasks:
+            self.jobs.put(None)
             self._open()
 
     def _open(self) -> None:
-        self.jobs: queue.Queue[tuple[Any, Future[GroupReward]]] = queue.Queue()
+        self.jobs: queue.Queue[tuple[Any, Future[GroupReward]] | None] = queue.Queue()
         threading.Thread(target=self._run, args=(self.jobs,), name=f"reward {self.name}", daemon=True).start()
 
     @staticmethod
-    def _run(jobs: queue.Queue[tuple[Any, Future[GroupReward]]]) -> None:
-        while True:
-            job, future = jobs.get()
-            try:
-                future.set_result(job())
-            except Exception as error:  # noqa: BLE001 (raised again where the result is asked for)
-                future.set_exception(error)
+    def _run(jobs: queue.Queue[tuple[Any, Future[GroupReward]] | None]) -> None:
+        while (entry := jobs.get()) is not None:
+            job, future = entry
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except Exception as error:  # noqa: BLE001 (raised again where the result is asked for)
+                    future.set_exception(error)
             jobs.task_done()

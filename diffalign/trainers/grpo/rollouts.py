@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..prompts import EncodedPrompts
 
 Shape = tuple[int, int, int]
+Told = tuple[dict[str, Tensor], Tensor]  # conditioning of a call by name, and SDXL's sizes
 #: Deterministic steps at the end where nothing else is asked: the two with the smallest noise carry 6 to 9 times the
 #: weight of others in an unweighted loss of a variance-preserving model, and leave their noise in the scored picture.
 FINAL_STEPS = {"variance_preserving": 2, "flow": 1}
@@ -44,31 +45,38 @@ class Sample:
 
 @dataclass
 class Moment:
-    """A trained step of one chunk.
+    """What is kept of one term of a chunk.
 
     Args:
-        x, x_next: (N, C, h, w) states before and after, in the precision in which they are kept.
-        log_prob: (N,) fp64 under the policy that drew them.
-        mean: (N, C, h, w) fp32 of that policy; kept for RatioNorm only.
+        log_prob: (N,) under the policy that drew the pictures.
+        x, x_next: (N, C, h, w) states before and after a trained step, in the precision in which they are kept.
+        mean: (N, C, h, w) fp32 of that step under that policy; kept for RatioNorm only.
     """
 
-    x: Tensor
-    x_next: Tensor
     log_prob: Tensor
+    x: Tensor | None = None
+    x_next: Tensor | None = None
     mean: Tensor | None = None
 
 
 @dataclass
 class Chunk:
-    """N pictures that were drawn together, and are replayed together so that every kernel sees the same shapes."""
+    """N pictures that were drawn together, and are replayed together so that every kernel sees the same shapes.
+
+    Args:
+        samples: which pictures.
+        moments: their terms by index.
+        latents: (N, C, h, w) fp32 the pictures themselves, where terms need them.
+    """
 
     samples: list[Sample]
     moments: dict[int, Moment] = field(default_factory=dict)
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the pictures of one iteration are drawn: all steps, and which of them are trained."""
+    """How the pictures of one iteration are drawn: all steps, and those whose densities are kept and trained."""
 
     steps: list[Transition]
     trained: list[int]
@@ -97,10 +105,8 @@ class Sampling:
         accelerator: Accelerator,
     ) -> None:
         self.adapter, self.prompts, self.config, self.accelerator = adapter, prompts, config, accelerator
-        edge = config.resolution or adapter.native_resolution
-        if edge % adapter.size_multiple:
-            raise ConfigError(f"resolution must be a multiple of {adapter.size_multiple} pixels; got {edge}.")
-        self.edge, cells = edge, edge // adapter.vae_scale_factor
+        self.edge = adapter.square_edge(config.resolution)
+        cells = self.edge // adapter.vae_scale_factor
         self.shape: Shape = (adapter.latent_channels, cells, cells)
         self.grid: SamplingGrid = adapter.sampling_grid(schedule, config.sampling_steps, (cells, cells))
         default = "flow_sde" if self.grid.kind == "flow" else "ddim"
@@ -113,12 +119,14 @@ class Sampling:
     # --- which steps ---------------------------------------------------------------------------------------------
 
     def plan(self, iteration: int) -> Plan:
-        """The steps of an iteration: a window of stochastic ones, of which a share is trained.
+        """The steps of an iteration: a window of stochastic ones, of which a share is trained; none for ``matching``.
 
         Raises:
             ConfigError: no step is left to train.
         """
         config = self.config
+        if config.objective == "matching":
+            return Plan(transitions(self.grid, self.sampler, 0.0), [])
         final = FINAL_STEPS[self.grid.kind] if config.final_steps is None else config.final_steps
         eligible = len(self.grid) - final
         width = min(config.sde_window or eligible, eligible)
@@ -140,23 +148,32 @@ class Sampling:
 
     # --- one call of a network -----------------------------------------------------------------------------------
 
-    def conditioning(self, samples: Sequence[Sample], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """What the network is told: prompt tensors, with guidance behind those of the empty branch, and sizes."""
+    def conditioning(self, samples: Sequence[Sample], device: torch.device, *, guided: bool | None = None) -> Told:
+        """What the network is told: prompt tensors, with guidance behind those of the empty branch, and sizes.
+
+        Args:
+            samples: N pictures.
+            device: where the tensors go.
+            guided: whether both branches are asked; None means as the rollouts are.
+        """
+        guided = self.guided if guided is None else guided
         told = self.prompts.batch([sample.prompt for sample in samples])
-        if self.guided:
+        if guided:
             told = {n: torch.cat([self.empty[n].expand(len(samples), *v.shape[1:]), v]) for n, v in told.items()}
         size = torch.tensor([[self.edge, self.edge, 0, 0, self.edge, self.edge]], dtype=torch.float32)
-        count = len(samples) * (2 if self.guided else 1)
+        count = len(samples) * (2 if guided else 1)
         return {name: value.to(device) for name, value in told.items()}, size.expand(count, -1).to(device)
 
-    def predict(self, model: nn.Module, x: Tensor, step: Transition, told: tuple[dict[str, Tensor], Tensor]) -> Tensor:
-        """Output of a network for states (N, C, h, w), guided in fp32; both branches run in one call."""
-        conditioning, sizes = told
-        time = x.new_full((len(sizes),), step.time, dtype=torch.float32)
-        inputs = torch.cat([x, x]) if self.guided else x
+    def call(self, model: nn.Module, x: Tensor, time: Tensor, told: Told) -> Tensor:
+        """One call of a network, (M, C, h, w) fp32 for M states, their times (M,) and what it is told."""
         with self.accelerator.autocast():
             dtype = DTYPES[self.config.mixed_precision]
-            out = self.adapter.predict(model, inputs, time, conditioning, sizes, dtype=dtype).float()
+            return self.adapter.predict(model, x, time, *told, dtype=dtype).float()
+
+    def predict(self, model: nn.Module, x: Tensor, step: Transition, told: Told) -> Tensor:
+        """Output of a network for states (N, C, h, w), guided in fp32; both branches run in one call."""
+        inputs = torch.cat([x, x]) if self.guided else x
+        out = self.call(model, inputs, x.new_full((len(inputs),), step.time, dtype=torch.float32), told)
         if not self.guided:
             return out
         empty, full = out.chunk(2)
@@ -186,7 +203,7 @@ class Sampling:
             x_next = self._keep(step.draw(mean, self._noise(samples, step, device)))
             if step.index in plan.trained:
                 density = step.log_density(x_next, mean, config.log_prob)
-                chunk.moments[step.index] = Moment(x, x_next, density, mean if config.ratio_norm else None)
+                chunk.moments[step.index] = Moment(density, x, x_next, mean if config.ratio_norm else None)
             x = x_next
         return chunk, x.float()
 

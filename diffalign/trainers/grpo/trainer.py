@@ -23,10 +23,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from ...diffusion import drift
 from ...errors import CheckpointError, ConfigError, RewardError
 from ...evaluation.prompts import read_prompts
-from ...objectives import LossOutput, combined_advantages, grpo_loss, step_kl
+from ...objectives import LossOutput, combined_advantages, grpo_loss
 from ...objectives.advantages import check_groups
 from ...randomness import keyed_permutation
 from ..config import PrefGRPOConfig
@@ -34,15 +33,16 @@ from ..health import HealthMonitor
 from ..loop import TrainingLoop
 from ..metrics import MetricAccumulator
 from ..prompts import EncodedPrompts, Prompts, load_prompts
-from .alarms import GRPO_CHECKS
+from .alarms import GRPO_CHECKS, IN_A_ROW
 from .holdout import Holdout, diversity
-from .record import Rollout, judge_metrics
-from .rewards import GroupReward, Model, RewardDesk, judge_is_down, load_rewards
-from .rollouts import Chunk, Sample, Sampling
+from .objectives import MatchingObjective, Objective, StepObjective
+from .record import REPLAYED, Rollout, judge_metrics
+from .rewards import GroupReward, Model, RewardDesk, down_everywhere, judge_is_down, load_rewards
+from .rollouts import Chunk, Sample, Sampling, Told
 
 log = logging.getLogger(__name__)
 _DECODE_PIXELS = 2**21  # decoded at once
-PER_STEP = ("ratio", "clip_share", "kl")
+PER_TERM = ("ratio", "clip_share", "kl", "error")
 Work = dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]
 
 
@@ -103,11 +103,13 @@ class PrefGRPOTrainer(TrainingLoop):
         self.adapter.offload_encoders()
         self.pipeline.vae.to(self.accelerator.device)  # the one encoder that every iteration needs
         self.sampling = Sampling(self.adapter, self.schedule, self.encoded, config, self.accelerator)
+        self.objective: Objective = StepObjective(self.sampling)
+        if config.objective == "matching":
+            self.objective = MatchingObjective(self.sampling, self.schedule)
         self.build_policy()
         self.start(self._total_steps())
-        steps = config.sampling_steps
-        self.metrics = MetricAccumulator(num_timesteps=steps, buckets=steps, bucketed=PER_STEP)
-        self.health = HealthMonitor(checks=GRPO_CHECKS)
+        self.metrics = MetricAccumulator(*self.objective.metrics, bucketed=PER_TERM)
+        self.health = HealthMonitor(checks=GRPO_CHECKS, keep=IN_A_ROW * (config.holdout_every or 0))
         self.rollout: Rollout | None = None
         self.holdout: Holdout | None = None
 
@@ -209,6 +211,7 @@ class PrefGRPOTrainer(TrainingLoop):
         chunks = []
         for number, samples in enumerate(self._chunks(iteration)):
             chunk, latents = self.sampling.draw(self.model, samples, plan)
+            self.objective.remember(self.model, chunk, latents, plan)
             chunks.append(chunk)
             numbers = self.mine[number * size : (number + 1) * size]
             pictures |= dict(zip(numbers, self._decode(latents), strict=True))
@@ -259,10 +262,10 @@ class PrefGRPOTrainer(TrainingLoop):
         collected = self.desk.collect(work)
         size, first = self.config.group_size, iteration * self.config.prompts_per_rollout
         found = [(group, rewards) for group, rewards in collected.rewards.items()]
-        down = list(collected.down)
+        reports = [collected.down] if work else []
         if self.accelerator.num_processes > 1:
-            found, down = gather_object(found), sorted(set(gather_object(down)))
-        if down:
+            found, reports = gather_object(found), gather_object(reports)
+        if down := down_everywhere(reports):
             raise self._pause(down)
         rewards = torch.full((self.count, len(self.rewards)), float("nan"), dtype=torch.float64)
         for group, results in found:
@@ -270,9 +273,9 @@ class PrefGRPOTrainer(TrainingLoop):
             for column, result in enumerate(results):
                 rewards[place : place + size, column] = result.reward
         columns = [results for _, results in sorted(found, key=lambda item: item[0])]
-        return rewards, judge_metrics([model.name for model in self.rewards], columns)
+        return rewards, judge_metrics(self.desk.names, columns)
 
-    def _pause(self, down: list[str]) -> RewardError:
+    def _pause(self, down: dict[str, str]) -> RewardError:
         return judge_is_down(down, self.save_checkpoint())
 
     def _advantages(self, iteration: int, rewards: Tensor) -> Tensor:
@@ -292,47 +295,40 @@ class PrefGRPOTrainer(TrainingLoop):
     # --- update --------------------------------------------------------------------------------------------------
 
     def _backward(self, rollout: Rollout, chunks: list[Chunk], number: int) -> list[tuple[list[str], Tensor]]:
-        """Gradients of one update: the mean over its pictures and trained steps."""
-        trained, processes = rollout.plan.trained, self.accelerator.num_processes
-        scale = processes / (self.global_batch * len(trained))
-        work = [(chunk, index) for chunk in chunks for index in trained]
+        """Gradients of one update: the mean over its pictures and their terms."""
+        indices, processes = self.objective.indices(rollout.plan), self.accelerator.num_processes
+        scale = processes / (self.global_batch * len(indices))
+        work = [(chunk, index) for chunk in chunks for index in indices]
         losses = []
-        told: tuple[dict[str, Tensor], Tensor] | None = None
+        told: Told | None = None
         for place, (chunk, index) in enumerate(work):
-            if index == trained[0]:
-                told = self.sampling.conditioning(chunk.samples, self.accelerator.device)
+            if index == indices[0]:
+                told = self.objective.conditioning(chunk, self.accelerator.device)
             assert told is not None
             last = place == len(work) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                out = self._moment_loss(rollout, chunk, index, told)
+                out, places = self._term_loss(rollout, chunk, index, told)
                 self.accelerator.backward(out.loss.sum() * scale)
             if number == 0:
                 self._require_unit_ratio(out, chunk, index)
-            values = {"loss": out.loss.detach(), **out.stats}
-            self.metrics.add(values, torch.full((len(chunk.samples),), index))
+            self.metrics.add({"loss": out.loss.detach(), **out.stats}, places)
             losses.append(([sample.prompt for sample in chunk.samples], out.loss.detach()))
         return losses
 
-    def _moment_loss(
-        self, rollout: Rollout, chunk: Chunk, index: int, told: tuple[dict[str, Tensor], Tensor]
-    ) -> LossOutput:
-        """The loss (N,) of one step of a chunk, from a forward pass at the stored state."""
-        config, step, moment = self.config, rollout.plan.steps[index], chunk.moments[index]
-        x = moment.x.float()
-        prediction = self.sampling.predict(self.model, x, step, told)
-        mean = step.mean(x, prediction)
-        normalise = None
-        if moment.mean is not None:
-            normalise = (drift(mean, moment.mean, step.std, config.log_prob), step.std, step.width)
+    def _term_loss(self, rollout: Rollout, chunk: Chunk, index: int, told: Told) -> tuple[LossOutput, Tensor]:
+        """The loss (N,) of one term of a chunk, from a forward pass at what was kept; and the terms' places."""
+        config, moment = self.config, chunk.moments[index]
+        term = self.objective.term(rollout.plan, chunk, index, told)
+        prediction = term.predict(self.model)
+        log_prob, normalise = term.log_density(prediction)
         kl = None
         if self.reference is not None:
             with torch.no_grad(), self.reference.use(self.model) as module:
-                reference = self.sampling.predict(module, x, step, told)
-            scale = step.prediction_scale
-            kl = step_kl(prediction, reference, scale=scale, std=step.std, form=config.kl_form)
+                reference = term.predict(module)
+            kl = term.kl(prediction, reference)
         places = [self._place(sample) for sample in chunk.samples]
-        return grpo_loss(
-            step.log_density(moment.x_next, mean, config.log_prob),
+        out = grpo_loss(
+            log_prob,
             moment.log_prob,
             rollout.advantages[places].to(moment.log_prob.device),
             clip_range=config.clip_range,
@@ -340,20 +336,21 @@ class PrefGRPOTrainer(TrainingLoop):
             kl=kl,
             kl_weight=config.kl_weight,
         )
+        return LossOutput(out.loss, out.stats | term.stats(log_prob.detach())), term.places
 
     def _place(self, sample: Sample) -> int:
         return sample.group % self.config.prompts_per_rollout * self.config.group_size + sample.member
 
     def _require_unit_ratio(self, out: LossOutput, chunk: Chunk, index: int) -> None:
-        """Before the weights move, the replay must find the densities of the rollout.
+        """Before the weights move, the replay must find the densities of the rollout; NaN is ``require_finite``'s.
 
         Raises:
             ConfigError: it does not; what is trained on is then not what was drawn.
         """
         worst = float(out.stats["log_ratio"].abs().max())
-        if not worst <= self.config.clip_range / 2:
+        if worst > self.config.clip_range / 2:
             raise ConfigError(
-                f"step {index} of {chunk.samples[0].prompt!r}: the log-ratio is {worst:.2g} before any update, but "
+                f"term {index} of {chunk.samples[0].prompt!r}: the log-ratio is {worst:.2g} before any update, but "
                 "must be 0. The replay sees something else than the rollout: dropout, another attention kernel, other "
                 "conditioning, or an operation that is not deterministic. Try attention=eager, mixed_precision=no or "
                 "latent_dtype=fp32."
@@ -396,7 +393,7 @@ class PrefGRPOTrainer(TrainingLoop):
         values: list[dict[str, float]] = [{}]
         if self.holdout is not None:
             with self.averaged_weights():
-                values = [self.holdout.measure(self.denoiser)]
+                values = [self.holdout.measure(self.denoiser, self.step)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(values)
         return values[0]
@@ -406,10 +403,15 @@ class PrefGRPOTrainer(TrainingLoop):
     def _rollout_file(self, folder: Path) -> Path:
         return folder / f"rollout-{self.accelerator.process_index}.safetensors"
 
+    def _replayed(self) -> dict[str, Any]:
+        """What must not change between the updates of one rollout."""
+        settings = {name: getattr(self.config, name) for name in REPLAYED}
+        return settings | {"number of processes": self.accelerator.num_processes}
+
     def _write_state(self, folder: Path) -> None:
         super()._write_state(folder)
         if self.step % self.config.updates_per_rollout and self.rollout is not None:
-            self.rollout.save(self._rollout_file(folder))
+            self.rollout.save(self._rollout_file(folder), self._replayed())
 
     def load_checkpoint(self, folder: Path) -> None:
         super().load_checkpoint(folder)
@@ -423,6 +425,7 @@ class PrefGRPOTrainer(TrainingLoop):
         iteration = self.step // self.config.updates_per_rollout
         self.rollout = Rollout.load(
             self._rollout_file(folder),
+            self._replayed(),
             self.sampling.plan(iteration),
             self._chunks(iteration),
             self.accelerator.device,

@@ -28,8 +28,9 @@ class Judgements:
 
     Args:
         win_rate: (G,) fp64; NaN for a picture none of whose pairs was judged.
-        stats: ``calls`` and ``pairs`` asked; as shares of the pairs ``missing``, ``ties`` and ``disagreement`` (the two
-            orders name different winners); of the answers ``first_wins``, 1/2 for a judge without position bias.
+        stats: ``calls`` and ``pairs`` asked; as shares of the pairs ``missing``, ``ties`` and, if both orders were
+            asked, ``disagreement`` (they name different winners); of the answers ``first_wins``, 1/2 for a judge
+            without position bias.
     """
 
     win_rate: Tensor
@@ -153,7 +154,9 @@ class _Book:
         rates = [p / n if n else math.nan for p, n in zip(self.points, self.games, strict=True)]
         stats = {"calls": float(self.calls), "pairs": float(self.pairs)}
         if self.pairs:
-            counts = {"missing": self.missing, "ties": self.ties, "disagreement": self.disagreed}
+            counts = {"missing": self.missing, "ties": self.ties}
+            if self.both_orders:
+                counts["disagreement"] = self.disagreed
             stats |= {name: count / self.pairs for name, count in counts.items()}
         if self.answers:
             stats["first_wins"] = self.firsts / self.answers

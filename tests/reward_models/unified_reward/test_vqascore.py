@@ -43,6 +43,7 @@ def test_a_model_that_knows_red_scores_red(checkpoint):
     red, blue = scorer.score([RED, BLUE], ["red"] * 2)
     assert red > 0.9
     assert blue < 0.1
-    assert scorer.identity["code_version"].endswith("is it {prompt}")
+    other = load_reward_model("vqascore", model=checkpoint, device="cpu", question="is it {prompt}?").identity
+    assert other["settings"] != scorer.identity["settings"] and other["revision"] == scorer.identity["revision"]
     with pytest.raises(RewardModelError, match=r"\{prompt\}"):
         load_reward_model("vqascore", model=checkpoint, question="red?")

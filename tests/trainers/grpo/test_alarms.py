@@ -58,3 +58,26 @@ def test_vanishing_spread():
 def test_collapse():
     assert fired(run(diversity=lambda step: 0.3 if step < 25 else 0.1))[0] == ["collapse"]
     assert fired(run(diversity=lambda step: 0.3 - 0.001 * step))[0] == []
+
+
+@pytest.mark.parametrize("updates", [1, 2, 5])
+def test_numbers_of_a_rollout_are_seen_however_many_updates_it_has(updates):
+    """Only the first update of a rollout carries them."""
+
+    def rows(**made_up):
+        for step, row in enumerate(run(**made_up)):
+            yield row if step % updates == 0 else {n: v for n, v in row.items() if not n.startswith("group/")}
+
+    assert fired(rows(silent=0.6))[0] == ["no_spread"]
+    assert fired(rows(diversity=lambda step: 0.3 if step < 25 else 0.1))[0] == ["collapse"]
+    assert fired(rows())[0] == []
+
+
+def test_hold_outs_that_are_rarely_scored_raise_their_alarm_too():
+    monitor = HealthMonitor(window=20, checks=GRPO_CHECKS, keep=2 * 150)
+    rows = run(steps=450, every=150, trained=0.8, unseen=-0.5)
+    alarms = [alarm.name for step, row in enumerate(rows, 1) for alarm in monitor.update(step, row)]
+    assert alarms == ["reward_hacking"]
+    again = HealthMonitor(window=20, checks=GRPO_CHECKS, keep=2 * 150)
+    again.load_state_dict(monitor.state_dict())
+    assert again.active == ["reward_hacking"] and len(again.state_dict()["rows"]) == 300

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffalign.diffusion import transitions
+from diffalign.diffusion import flow_grid, transitions
 from diffalign.errors import ConfigError
 from diffalign.trainers.grpo.rollouts import Plan
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
@@ -55,6 +56,13 @@ def test_the_ratio_is_exactly_one_before_the_first_update(make, family, latents)
     assert metrics["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd", "sd3", "flux-dev"])
+def test_the_ratio_is_exactly_one_in_half_precision_too(make, family):
+    """What is kept is rounded before its density is found; see the test after the next for what happens otherwise."""
+    metrics = make(FAMILIES[family](), mixed_precision="bf16", latent_dtype="bf16").train()["metrics"]
+    assert metrics["log_ratio"] == 0.0 and metrics["ratio"] == 1.0 and metrics["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(("family", "sampler"), [("sdxl", "cps"), ("sd3", "dance_sde"), ("flux-dev", "cps")])
 @pytest.mark.parametrize("ratio_norm", [False, True])
 def test_every_sampler_trains(make, family, sampler, ratio_norm):
@@ -78,6 +86,32 @@ def test_what_is_replayed_must_be_what_was_drawn(make):
             moment.x_next = moment.x_next.bfloat16().float()
     with pytest.raises(ConfigError, match="log-ratio"):
         trainer._backward(trainer.rollout, trainer.rollout.chunks, 0)
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "pooled_prompt_embeds"])
+def test_a_replay_without_a_part_of_the_prompt_is_noticed(make, name):
+    trainer = make(clip_range=1e-5)
+    trainer.rollout = trainer.roll_out(0)
+    conditioning = trainer.sampling.conditioning
+
+    def without(*arguments, **options):
+        told, sizes = conditioning(*arguments, **options)
+        return told | {name: torch.zeros_like(told[name])}, sizes
+
+    trainer.sampling.conditioning = without
+    with pytest.raises(ConfigError, match="log-ratio"):
+        trainer._backward(trainer.rollout, trainer.rollout.chunks, 0)
+
+
+def test_noise_levels_of_published_schedules(make):
+    """diffusers' SD3 shifts its lowest level twice, so the last step of ten starts at 0.009."""
+    grid = make(tiny_sd3(), sampling_steps=10).sampling.grid
+    expected = torch.tensor([1.0, 0.96013, 0.91335, 0.27805, 0.0089286, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(grid.noise[[0, 1, 2, -3, -2, -1]], expected, rtol=0, atol=1e-5)
+    for steps, last in ((25, 0.1111111), (16, 0.1666667)):  # evenly spaced and shifted by 3, as Pref-GRPO and DanceGRPO
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        assert float(flow_grid(scheduler.sigmas).noise[-2]) == pytest.approx(last, abs=1e-6)
 
 
 def test_randomness_belongs_to_the_picture(make):
@@ -112,6 +146,12 @@ def test_only_trained_steps_are_kept(make):
     chunk, _ = trainer.sampling.draw(trainer.denoiser, [trainer.sample_of(0, 0)], plan)
     assert sorted(chunk.moments) == plan.trained
     assert all(moment.mean is None for moment in chunk.moments.values())
+
+
+def test_of_a_flow_model_one_step_at_the_end_carries_no_noise(make):
+    plan = make(tiny_sd3(), sampling_steps=5).sampling.plan(0)
+    assert [step.std > 0 for step in plan.steps] == [True] * 4 + [False]
+    assert plan.trained == [0, 1, 2, 3]
 
 
 def test_windows(make):

@@ -133,6 +133,11 @@ def test_nobody_meets_twice_while_others_wait():
     assert len(swiss_round([0.0] * 5, set(), 0)) == 2
 
 
+def test_in_a_tournament_those_with_like_points_meet():
+    for number in range(20):
+        assert set(swiss_round([2.0, 0.0, 2.0, 0.0, 1.0, 1.0], set(), number)) == {(0, 2), (1, 3), (4, 5)}
+
+
 def test_scores_as_a_judge():
     ask = ask_scores(torch.tensor([10.0, 100.0, 200.0, NAN]))
     assert ask([(0, 2), (2, 0), (1, 1)]).tolist() == [0.0, 1.0, 0.5]
@@ -145,3 +150,11 @@ def test_scores_as_a_judge():
 def test_unknown_schedule():
     with pytest.raises(ConfigError, match="round_robin"):
         win_rates(Oracle([0, 1]), 2, schedule="swiss")
+
+
+def test_one_order_ranks_as_both_do():
+    """The answer about a pair that was turned around is turned back."""
+    strengths = [3, 0, 7, 1, 6, 2, 5, 4]
+    oracle = Oracle(strengths)
+    assert win_rates(oracle, 8, "key", both_orders=False).win_rate.tolist() == pytest.approx([i / 7 for i in strengths])
+    assert any(i > j for i, j in oracle.asked) and any(i < j for i, j in oracle.asked)
