@@ -102,7 +102,8 @@ class Ask:
                 )
         counts = {"prompts": self.prompts, "seeds": self.seeds, "models": self.models}
         for name, items in counts.items():
-            if not 1 <= len(items) <= (most := getattr(limits, name)):
+            most = getattr(limits, name)
+            if not 1 <= len(items) <= most:
                 raise ConfigError(f"Expected 1 to {most} {name}, got {len(items)}.")
             if len(set(items)) < len(items):
                 raise ConfigError(f"Each of the {name} may come once; remove the repeated one.")

@@ -96,6 +96,7 @@ def fill(page, label: str, value: str) -> None:
 
 def readable(page) -> None:
     """Every text stands out from what is behind it, and every picture and control has words."""
+    page.evaluate("document.getAnimations().forEach(a => a instanceof CSSTransition && a.finish())")
     assert page.evaluate(CONTRAST) == []
     assert page.locator("img:not([alt]):visible, img[alt='']:visible").count() == 0
     assert page.locator("fieldset:not([aria-label]):visible").count() == 0

@@ -73,7 +73,7 @@ def test_a_judges_verdict_is_one_whatever_ties_its_scores_have_and_outlives_a_ro
 
 def test_scores_of_usable_pictures_alone_are_counted(report):
     facts = _sum([shard.facts for shard in report[1]])
-    first = _models(facts, {"first": {"id": "first"}}, {})["first"]
+    first = _models(facts, {"first": {"id": "first"}}, CONFIG)["first"]
     values = [0.5, 0.1, 0.9, 1.0, 0.0, 0.0, 0.0]  # the black picture was not judged, one judgement is missing
     assert (first["scored"], first["missing"], first["lowest"], first["highest"]) == (7, 1, 0.0, 1.0)
     assert first["mean"] == pytest.approx(statistics.mean(values))
