@@ -1,4 +1,4 @@
-"""The quickstart end to end: small here, at its real size in `make slow`."""
+"""The quickstart end to end, small; at its real size it is one of tests/test_proofs.py."""
 
 from __future__ import annotations
 
@@ -55,13 +55,3 @@ def test_running_it_again_continues_and_other_settings_are_refused(finished, tmp
     assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
     with pytest.raises(ConfigError, match="other settings"):
         run(folder, seed=1, overrides=FEW, **SMALL)
-
-
-@pytest.mark.slow
-def test_dpo_improves_held_out_captions(tmp_path):
-    """One seed at the quickstart's own size. Significance over seeds is the study's matter (`make study-dpo`)."""
-    report = run(tmp_path / "out")
-    assert report["peak_memory_gib"] < 6
-    strict = report["scores"]["shapes-strict"]["difference"]
-    assert strict["n"] >= 400
-    assert strict["ci95"][0] > 0, strict
