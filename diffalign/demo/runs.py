@@ -30,7 +30,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Held-out prompts", "change against the base; the training score alone rising is hacking", ("holdout/*_change",)),
     ("Diversity", "distance between pictures of a group; a fall is a collapse", ("group/diversity",)),
     ("Judge", "shares of pairs with no winner, or no answer", ("reward/*/ties", "reward/*/missing")),
-    ("Clipped steps", "share of terms whose gradient is cut; 0 with one update a rollout, near 1 is wrong", ("clip_share",)),
+    ("Clipped steps", "share of terms without gradient; 0 with one update a rollout, near 1 is wrong", ("clip_share",)),
     ("Distance from the start", "slow growth is learning, a jump is breaking", ("kl",)),
     ("Gradient", "spikes mean that the learning rate is too high", ("grad_norm",)),
 )
