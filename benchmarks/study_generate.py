@@ -1,7 +1,7 @@
 """The generator at work: 1,000 prompts x 4 pictures from two checkpoints x three scorers, then DPO and RankDPO on them.
 
     python benchmarks/study_generate.py                     # under an hour on 2 quiet cores
-    python benchmarks/study_generate.py --prompts 40 --steps 20 --heldout-prompts 40 --results-dir /tmp/x     # a try
+    python benchmarks/study_generate.py --prompts 40 --steps 20 --heldout-prompts 40 --results-dir out/try     # a try
 
 The second checkpoint is the base after the quickstart's own DPO, so this is also a second round. All three scorers
 vote; the learned judge, which errs on a pair in three, counts a quarter, and pairs and lists that it alone decides are

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,19 +10,12 @@ from diffalign.config import load_job
 from diffalign.data import load_preferences, select_pairs
 from diffalign.synthesis.config import GenerationConfig
 from diffalign.synthesis.ranking import Voter, rank_candidates
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.scripts import script
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import study_generate
-
-        yield study_generate
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return script("benchmarks/study_generate.py")
 
 
 def shard(seconds: float, prompts: int = 10):

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffalign.config import load_job
 from diffalign.evaluation.statistics import compare_paired
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.scripts import script
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import study_methods
-
-        yield study_methods
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return script("benchmarks/study_methods.py")
 
 
 def test_every_arm_is_a_recipe_with_settings_that_it_reads(study):

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import logging
 import resource
 import statistics
 import tempfile
@@ -23,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from full_size import GIB, measure_cases, options, sdxl_pipeline
 from PIL import Image
-from sdxl_dpo_step import GIB, ROOT, environment, sdxl_pipeline
 
 from diffalign.errors import DiffalignError
 from diffalign.pipelines import estimate_memory
@@ -32,7 +30,6 @@ from diffalign.trainers import PrefGRPOConfig, PrefGRPOTrainer
 from reward_models import FunctionRewardModel
 from tests.tiny import tiny_sdxl
 
-log = logging.getLogger("sdxl_prefgrpo_iteration")
 CASES: dict[str, dict[str, Any]] = {
     "sampling": {"noise_level": 1.0, "timestep_fraction": 0.6, "ratio_norm": True},  # as recipe sdxl-prefgrpo-lora
     "matching": {"objective": "matching", "matching_draws": 4},
@@ -132,42 +129,14 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser = options(__doc__, CASES)
     parser.add_argument("--groups", type=int, default=1, help="prompts in an iteration")
     parser.add_argument("--group-size", type=int, default=8, help="pictures of each")
     parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn, and trained on, at once")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=2, help="timed iterations")
     parser.add_argument("--warmup", type=int, default=1, help="iterations before the clock counts")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument(
-        "--mixed-precision", choices=("no", "fp16", "bf16"), default=None, help="bf16; fp32 with --tiny"
-    )
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--attention", choices=("sdpa", "xformers", "eager"), default="sdpa")
-    parser.add_argument("--tiny", action="store_true", help="a toy model on the CPU, to exercise this script")
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks" / "results")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if not args.tiny and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; run this on a GPU, or with --tiny to try the script.")
-    if args.mixed_precision is None:
-        args.mixed_precision = "no" if args.tiny else "bf16"
-    report: dict[str, Any] = {**environment(args.tiny), "results": []}
-    name = report["device"].lower().replace(" ", "-")
-    stamp = report["date"][:19].replace(":", "").replace("-", "")
-    target = args.output_dir / f"sdxl-prefgrpo-iteration-{name}-{stamp}.json"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for case in args.cases:
-        report["results"].append(measure(case, args))
-        log.info("%s", json.dumps(report["results"][-1]))
-        target.write_text(json.dumps(report, indent=2))  # after each case: the next may run out of memory
-        gc.collect()
-        if not args.tiny:
-            torch.cuda.empty_cache()
-    log.info("written to %s", target)
-    return target
+    return measure_cases("sdxl-prefgrpo-iteration", parser, argv, measure)
 
 
 if __name__ == "__main__":

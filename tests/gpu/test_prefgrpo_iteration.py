@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import script
 
 
 def run_benchmark(arguments: list[str], output: Path) -> dict:
-    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-    try:
-        from sdxl_prefgrpo_iteration import main
-    finally:
-        sys.path.pop(0)
+    main = script("benchmarks/gpu/sdxl_prefgrpo_iteration.py").main
     return json.loads(main([*arguments, "--output-dir", str(output)]).read_text())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,17 +11,12 @@ import torch
 
 from diffalign.diffusion import NoiseSchedule
 from diffalign.pipelines import adapter_for
+from tests.scripts import script
 from tests.tiny import tiny_sdxl
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_benchmark(arguments: list[str], output: Path) -> dict:
-    sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-    try:
-        from sdxl_dpo_step import main
-    finally:
-        sys.path.pop(0)
+    main = script("benchmarks/gpu/sdxl_dpo_step.py").main
     return json.loads(main([*arguments, "--output-dir", str(output)]).read_text())
 
 

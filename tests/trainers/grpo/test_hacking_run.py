@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.scripts import script
 
 
 @pytest.mark.slow
 def test_the_hacking_run_measures_both_sides_and_reads_a_finished_arm_back(tmp_path, capsys):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from hacking_run import main
-    finally:
-        sys.path.pop(0)
+    main = script("benchmarks/hacking_run.py").main
     arguments = ["--output-dir", str(tmp_path / "out"), "--arms", "foolish", "--updates", "2", "--every", "1"]
     arguments += ["--prompts", "2", "--heldout", "4", "--results", str(tmp_path / "numbers.json")]
     assert main([*arguments, "--sheet", str(tmp_path / "sheet.png")]) == 1
