@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,9 +21,10 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from record import run_record
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -308,18 +308,7 @@ def main() -> None:
             units += [pool.submit(launch, args.output_dir, seed, arm, args.prompts, threads) for arm in args.arms]
         for unit in units:
             unit.result()
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "date": str(date.today()),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores",
-        "torch": torch.__version__,
-        "command": f"python benchmarks/study_methods.py --arms {' '.join(args.arms)}",
-        "seeds": args.seeds,
-        "prompts": args.prompts,
-    }
+    record = run_record() | {"seeds": args.seeds, "prompts": args.prompts}
     results = collect(args.output_dir, args.seeds, args.arms)
     args.results_dir.mkdir(parents=True, exist_ok=True)
     (args.results_dir / f"{args.name}.json").write_text(json.dumps(record | {"results": results}, indent=1))

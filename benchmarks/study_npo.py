@@ -14,15 +14,14 @@ import argparse
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from record import run_record
 
 log = logging.getLogger("study_npo")
 SCORES = ("shapes-strict", "shapes")
@@ -190,16 +189,7 @@ def main() -> None:
     for seed in args.seeds:
         for arm in arms:
             work(args.output_dir, seed, arm, args.prompts, args.scales, args.steps)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "date": str(date.today()),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{os.cpu_count()} {platform.machine()} CPU cores",
-        "torch": torch.__version__,
-        "seeds": args.seeds,
-        "prompts": args.prompts,
-        "steps": args.steps,
-    }
+    record = run_record() | {"seeds": args.seeds, "prompts": args.prompts, "steps": args.steps}
     results = collect(args.output_dir, args.seeds, arms, args.prompts, args.scales)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(record | {"results": results}, indent=1))
