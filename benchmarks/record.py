@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("--output-dir", "--results-dir", "--output", "--results")  # where a result goes is no part of what it is
 
 
 def run_record() -> dict[str, Any]:
@@ -34,5 +35,16 @@ def run_record() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(sys.argv),
     }
+
+
+def command(arguments: list[str]) -> str:
+    """How the program was called, without the folders of whoever called it."""
+    kept, rest = [], iter(arguments[1:])
+    for word in rest:
+        if word in PLACES:
+            next(rest, None)
+        elif word.partition("=")[0] not in PLACES:
+            kept.append(word)
+    return " ".join(["python", f"benchmarks/{Path(arguments[0]).name}", *kept])
