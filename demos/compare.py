@@ -4,7 +4,7 @@
     python demos/compare.py --model out/quickstart/run --runs out            # against a training run
     python demos/compare.py --base stabilityai/stable-diffusion-xl-base-1.0 --model out/lora --model npo:out/negative
 
-Needs the extra `demo`: pip install "diffalign[demo]". demos/README.md tells more.
+Needs the extra `demo`: pip install -e '.[demo]'. demos/README.md tells more.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
     try:
         from diffalign.demo import ui
     except ImportError as error:
-        print(f'The demo needs the extra "demo" ({error}): pip install "diffalign[demo]"', file=sys.stderr)
+        print(f"The demo needs the extra 'demo' ({error}): pip install -e '.[demo]'", file=sys.stderr)
         return 1
     output, local = Path(options.output), options.host in LOOPBACK and not options.share
     own = options.base == "shapes"

@@ -7,7 +7,7 @@ scores = load_reward_model("clip").score(images, prompts)   # (N,) fp32, NaN whe
 from .base import BaseRewardModel, FunctionRewardModel
 from .errors import RewardModelError
 from .images import to_pil
-from .protocol import PairwiseRewardModel, RewardModel
+from .protocol import PairwiseRewardModel, RewardModel, can_score
 from .registry import available_reward_models, load_reward_model
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "RewardModel",
     "RewardModelError",
     "available_reward_models",
+    "can_score",
     "load_reward_model",
     "to_pil",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 
@@ -48,3 +48,8 @@ class PairwiseRewardModel(Protocol):
     def compare(self, pairs: Sequence[tuple[Any, Any]], prompts: Sequence[str]) -> Tensor:
         """(N,) fp32: the probability that the first of each pair is better; NaN where there is no judgement."""
         ...
+
+
+def can_score(model: RewardModel | PairwiseRewardModel) -> TypeGuard[RewardModel]:
+    """Whether a model scores pictures one at a time; some judges have the method but no question for it."""
+    return isinstance(model, RewardModel) and not getattr(model, "pairs_only", False)

@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, cast
 
+import torch
+import yaml
+
 from .base import FunctionRewardModel
 from .errors import RewardModelError
+from .keys import KEY_ADVICE
 from .protocol import PairwiseRewardModel, RewardModel
 
 ENTRY_POINT_GROUP = "reward_models"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _BUILT_IN = {
     "aesthetic": "reward_models.aesthetic:AestheticScore",
     "clip": "reward_models.clip:ClipScore",
@@ -41,25 +46,31 @@ def load_reward_model(
 
     Args:
         name_or_path: a name (:func:`available_reward_models`), a dotted path ``package.module:Class`` or
-            ``package.module:function``, a class, a scoring function ``f(images, prompts) -> scores``, or a ready model,
-            which comes back as it is.
+            ``package.module:function``, each with options behind it as ``name?option=value&option=value`` (values as in
+            YAML; ``dtype`` is fp32, fp16 or bf16); a class, a scoring function ``f(images, prompts) -> scores``, or a
+            ready model, which comes back as it is.
         device: where a model with weights runs. Models that have none run on the CPU whatever is asked.
         dtype: precision of the weights; refused by models that have none.
         revision: revision of weights from the hub; refused by models that have none.
         options: the model's own options.
 
     Raises:
-        RewardModelError: no such name (the nearest and all available ones are listed), an option the model lacks, or a
-            package it requires is not installed.
+        RewardModelError: no such name (the nearest and all available ones are listed), an option the model lacks or
+            cannot do without, or a package it requires is not installed.
     """
+    if isinstance(name_or_path, str):
+        name_or_path, written = split_options(name_or_path)
+        options = written | options
     target = _find(name_or_path) if isinstance(name_or_path, str) else name_or_path
     label = name_or_path if isinstance(name_or_path, str) else getattr(target, "__name__", type(target).__name__)
     options |= {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value is not None}
     if inspect.isclass(target):
-        accepted = _parameters(target)
+        accepted, needed = _parameters(target)
         if device is not None and "device" in accepted:
             options["device"] = device
         _refuse_unknown(label, options, accepted)
+        if absent := [name for name in needed if name not in options]:
+            raise RewardModelError(f"the reward model {label} needs the option {', '.join(absent)}.")
         _refuse_missing_packages(label, getattr(target, "requires", ()))
         model = target(**options)
         if not isinstance(model, (RewardModel, PairwiseRewardModel)):
@@ -107,12 +118,44 @@ def _import(path: str) -> Any:
     return found
 
 
-def _parameters(target: type) -> set[str]:
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options in ``name?option=value&option=value``.
+
+    Raises:
+        RewardModelError: an option without a value, a value that is no YAML, or a key of a server: such a text is kept
+            in settings, model cards and reports, and published with them.
+    """
+    name, _, written = text.partition("?")
+    options: dict[str, Any] = {}
+    for part in written.split("&") if written else ():
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise RewardModelError(f"expected name?option=value&option=value, got {text!r}.")
+        if key == "api_key":
+            raise RewardModelError(f"{name}: {KEY_ADVICE}")
+        options[key] = _read_option(key, value)
+    return name, options
+
+
+def _read_option(key: str, text: str) -> Any:
+    if key == "dtype":
+        if text not in DTYPES:
+            raise RewardModelError(f"dtype: expected {', '.join(DTYPES)}, got {text!r}.")
+        return DTYPES[text]
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RewardModelError(f"{key}: {text!r} is no YAML value ({error}).") from error
+
+
+def _parameters(target: type) -> tuple[set[str], list[str]]:
+    """The options of a class, and those of them that have no default."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except ValueError:  # built-in types tell no signature, and are no reward models
-        return set()
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return set(), []
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name for p in named}, [p.name for p in named if p.default is p.empty]
 
 
 def _refuse_unknown(label: str, options: dict[str, Any], accepted: set[str]) -> None:

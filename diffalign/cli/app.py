@@ -64,9 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
     Args:
-        arguments: without the program's name; None takes ``sys.argv``. ``--debug`` may stand anywhere.
+        arguments: without the program's name; None takes ``sys.argv``. ``--debug`` may stand anywhere. Modules of the
+            working folder can be named, as in ``--reward-model my_scorer:score``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "" not in sys.path:  # a program has its own folder there, not yours; last, so that it hides nothing installed
+        sys.path.append("")
     debug = "--debug" in given
     try:
         app(args=["--debug"] * debug + [a for a in given if a != "--debug"], prog_name="diffalign")

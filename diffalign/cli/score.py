@@ -72,8 +72,9 @@ def _models(given: list[str], settings: list[str]) -> list[ModelChoice]:
 
     models = {}
     for text in given:
-        column, _, name = text.rpartition("=")
-        column = column or name.rpartition(":")[2]
+        written, question, options = text.partition("?")
+        column, _, name = written.rpartition("=")
+        column, name = column or name.rpartition(":")[2], name + question + options
         if column in models:
             raise ConfigError(f"two models are named {column}; give one another name, as NAME={name}.")
         models[column] = (name, dict[str, Any]())
@@ -90,17 +91,20 @@ def _models(given: list[str], settings: list[str]) -> list[ModelChoice]:
 
 
 def _value(option: str, text: str) -> Any:
-    import torch
     import yaml
+
+    from reward_models.keys import KEY_ADVICE
+    from reward_models.registry import DTYPES
 
     from ..errors import ConfigError
     from ..yaml_dialect import Loader
 
+    if option == "api_key":
+        raise ConfigError(f"--set {option}: {KEY_ADVICE}")
     if option == "dtype":
-        known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-        if text not in known:
-            raise ConfigError(f"dtype: expected {', '.join(known)}, got {text!r}.")
-        return known[text]
+        if text not in DTYPES:
+            raise ConfigError(f"dtype: expected {', '.join(DTYPES)}, got {text!r}.")
+        return DTYPES[text]
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

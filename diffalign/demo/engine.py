@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from reward_models import RewardModel, RewardModelError, load_reward_model
+from reward_models import RewardModel, RewardModelError, can_score, load_reward_model
 
 from ..data.files import atomic_file
 from ..errors import ConfigError
@@ -352,7 +352,7 @@ class Engine:
 
 def _scorer(name: str | Callable[..., Any], device: str) -> RewardModel:
     model = load_reward_model(name, device=device)
-    if not isinstance(model, RewardModel):
+    if not can_score(model):
         raise RewardModelError(f"{name} compares pairs and cannot score single pictures; leave it out.")
     return model
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from reward_models import load_reward_model
+from reward_models import RewardModelError, load_reward_model
 from reward_models.base import source_hash
-from reward_models.unified_reward.connection import Connection
+from reward_models.keys import API_KEY, authorization
+from reward_models.unified_reward.connection import Connection, Refused
 
 from ..errors import ConfigError
 from .graders import GENEVAL_COLORS, Detection
@@ -132,7 +133,7 @@ class ServerPointJudge:
     Args:
         base_url: for example ``http://localhost:8000/v1``.
         model: name under which the server offers it.
-        api_key: sent as a bearer token when given.
+        api_key: sent as a bearer token; None takes ``REWARD_MODEL_API_KEY``.
         timeout: seconds for one attempt.
         retries: further attempts after a failure that may pass.
         concurrency: requests under way at once.
@@ -152,7 +153,7 @@ class ServerPointJudge:
     ) -> None:
         self.connection = Connection(
             base_url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=authorization(api_key),
             timeout=timeout,
             retries=retries,
             backoff=1.0,
@@ -168,8 +169,19 @@ class ServerPointJudge:
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], points: Sequence[Sequence[Point]]
     ) -> list[str | None]:
+        """Answers, None where there is none.
+
+        Raises:
+            RewardModelError: the server refuses every question for a reason that will not pass, or cannot be reached.
+        """
         calls = [partial(self._request, *three) for three in zip(images, prompts, points, strict=True)]
-        return [_content(reply) for reply in self.connection.exchange(calls)]
+        replies = self.connection.exchange(calls)
+        if calls and all(isinstance(reply, Refused) for reply in replies):
+            raise RewardModelError(
+                f"{self.connection.url} answered none of {len(calls)} questions ({replies[0]}); check its address, the "
+                f"model's name and {API_KEY}."
+            )
+        return [_content(reply) for reply in replies]
 
     def _request(self, image: Image.Image, prompt: str, points: Sequence[Point]) -> tuple[str, str, dict[str, Any]]:
         listed = "\n".join(f"{n}. {point.dimension}: {point.description}" for n, point in enumerate(points, 1))

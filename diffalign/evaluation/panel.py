@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reward_models import PairwiseRewardModel, RewardModel
+from reward_models import PairwiseRewardModel, RewardModel, can_score
 
 from .appearance import MEASURES, Embedding, embed, measure
 from .graders import Grader
@@ -72,7 +72,7 @@ class Panel:
         scores = {
             model.name: score_pictures(model, pictures, self.labels, self._store(model))
             for model in self.reward_models
-            if isinstance(model, RewardModel)
+            if can_score(model)
         }
         points = self._grade(pictures)
         if self.grader is not None and points is not None:
@@ -85,7 +85,7 @@ class Panel:
         """For each pairwise judge the probability that the base's picture is better, and that the aligned one is."""
         result = {}
         for judge in self.reward_models:
-            if not isinstance(judge, RewardModel):
+            if isinstance(judge, PairwiseRewardModel) and not can_score(judge):
                 wins = judge_pairs(judge, base.pictures, aligned.pictures, self.labels, self._store(judge))
                 result[judge.name] = [1 - p for p in wins], wins
         return result

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -26,10 +26,16 @@ MEANING = {
     UNKNOWN: "training is not recorded",
 }
 
+GENERATION_REPORT = "generation_report.json"  # of a table that the generator made
 VOTE_SCORE = "vote"  # in tables of people's votes; the other scores there are notes, and decided nothing
 
-#: Scores that are one judge in two forms.
-FAMILIES = ({"shapes", "shapes-strict"},)
+#: Scores that are one judge in several forms, and what a setting calls it.
+FAMILIES = (
+    {"shapes", "shapes-strict"},
+    {"clip", "clip-cosine"},
+    {"aesthetic", "aesthetic-v1"},
+    {"hpsv2", "hpsv2.0", "hpsv2.1"},
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def read_training(path: str | Path) -> Training:
             method if isinstance(method, str) else None,
             seed if isinstance(seed, int) else None,
             commit if isinstance(commit, str) else None,
-            _trained_on(config),
+            _trained_on(report, config),
         )
     return Training()
 
@@ -79,22 +85,31 @@ def role(score: str, trained_on: Sequence[str] | None) -> str:
     return HOLD_OUT
 
 
-def _trained_on(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Scores named by the run's config, else those in its table."""
-    for key in ("dataset_score", "reward_models", "rewards"):  # offline methods, online methods
-        named = config.get(key)
-        if isinstance(named, str):
-            return (named,)
-        if isinstance(named, (list, tuple, dict)) and named and all(isinstance(name, str) for name in named):
-            return tuple(named)
+def _trained_on(report: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The judges that an online run says it had, else scores named by its config, else those in its table."""
+    if _are_names(report.get("rewards")):
+        return tuple(report["rewards"])
+    if isinstance(config.get("dataset_score"), str):
+        return (config["dataset_score"],)
+    if _are_names(named := config.get("rewards")):  # a run that has not ended
+        names = tuple(name.partition("?")[0] for name in named)
+        return None if any(":" in name for name in names) else names  # what a class calls its scores, it alone knows
     dataset = config.get("dataset")
     return _scores_of(Path(dataset)) if isinstance(dataset, str) else None
 
 
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
 def _scores_of(folder: Path) -> tuple[str, ...] | None:
+    """Scores that decided a table's preferences; none where the order of its pipelines did."""
     if not folder.is_dir():  # on the hub, or moved: asking the network for a role is not worth it
         return None
-    names = tuple(_json(folder / SCORE_RANGES))
+    made = _json(folder / GENERATION_REPORT)
+    if made.get("rank_by") == "pipelines":
+        return ()
+    names = tuple(name for name in _json(folder / SCORE_RANGES) if name not in made.get("hold_outs", []))
     if names:
         return _deciding(names)
     try:

@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from reward_models import RewardModel, RewardModelError, load_reward_model
+from reward_models import RewardModelError, can_score, load_reward_model
 from reward_models.ensemble import check_rules, combine
 
 from .. import __version__
@@ -52,6 +52,11 @@ class ModelChoice:
     column: str
     model: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """The options as they are written down; a server's key is not."""
+        return {name: str(value) for name, value in self.options.items() if name != "api_key"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def score_table(
     for choice in models:
         began = time.perf_counter()
         identity, columns[choice.column] = _ask(choice, pictures, keys, parts, device, progress)
-        record = {"model": str(choice.model), "options": {k: str(v) for k, v in choice.options.items()}}
+        record = {"model": str(choice.model), "options": choice.recorded}
         record |= {"identity": identity, **_describe(columns[choice.column])}
         summary["models"][choice.column] = record | {"seconds": round(time.perf_counter() - began, 3)}
         _free()
@@ -167,7 +172,7 @@ def _ask(
         model = load_reward_model(choice.model, device=device, **choice.options)
     except RewardModelError as error:
         raise ConfigError(f"{choice.column}: {error}") from error
-    if not isinstance(model, RewardModel):
+    if not can_score(model):
         raise ConfigError(f"{choice.column} compares pairs and cannot score single pictures; leave it out.")
     log.info("%s: %d pictures", choice.column, len(pictures))
     with tqdm(total=len(pictures), desc=choice.column, unit="picture", disable=not progress) as bar:
@@ -180,8 +185,7 @@ def _ask(
             return [None if math.isnan(score) else score for score in scores]
 
         identity = dict(model.identity)
-        options = {name: str(value) for name, value in choice.options.items()}
-        values = ScoreStore(parts, choice.column, identity | {"options": options}).fill(keys, ask)
+        values = ScoreStore(parts, choice.column, identity | {"options": choice.recorded}).fill(keys, ask)
     return identity, [as_float(value) for value in values]
 
 

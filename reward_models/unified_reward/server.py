@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import RewardModelError
+from ..keys import API_KEY, authorization
 from .backend import Answer, Request
 from .connection import Connection, Refused
 
@@ -22,7 +23,7 @@ class ServerBackend:
         base_url: what OpenAI's clients take, such as ``http://localhost:8000/v1``.
         model: the served name; may be left out when the server serves one model.
         revision: what the server was started with, as a note for the identity: the interface does not tell.
-        api_key: sent as a bearer token, and kept nowhere else.
+        api_key: sent as a bearer token, and kept nowhere else; None takes ``REWARD_MODEL_API_KEY``.
         template_options: sent as ``chat_template_kwargs``, such as ``{"enable_thinking": False}``.
         extra_body: further fields of every request, such as ``{"repetition_penalty": 1.0}``.
         connection: ``timeout``, ``retries``, ``backoff``, ``longest_wait``, ``concurrency`` of :class:`Connection`.
@@ -43,8 +44,7 @@ class ServerBackend:
         extra_body: dict[str, Any] | None = None,
         **connection: Any,
     ) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.connection = Connection(base_url, headers=headers, **connection)
+        self.connection = Connection(base_url, headers=authorization(api_key), **connection)
         self.extra_body = extra_body or {}
         if template_options:
             self.extra_body = {"chat_template_kwargs": template_options, **self.extra_body}
@@ -68,7 +68,8 @@ class ServerBackend:
         self._ever_answered |= any(not isinstance(reply, Refused) for reply in replies)
         if hopeless and not self._ever_answered:
             raise RewardModelError(
-                f"{self.connection.url} refuses every question ({hopeless}); check base_url, model and api_key."
+                f"{self.connection.url} refuses every question ({hopeless}); check base_url, model and api_key "
+                f"({API_KEY})."
             )
         return [Answer(error=str(reply)) if isinstance(reply, Refused) else _read(reply, verdict) for reply in replies]
 

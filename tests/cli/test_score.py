@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import signal
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -170,6 +171,18 @@ def test_one_prompt_for_a_folder_without(tmp_path, capsys):
     assert pq.read_table(output)["file"].to_pylist() == [f"{number}.png" for number in range(8)]
 
 
+def test_a_scorer_of_the_working_folder(tmp_path, capsys, monkeypatch):
+    """An installed command has the folder of programs at the head of its path, not the user's."""
+    (tmp_path / "my_own_scorer.py").write_text(
+        "def count(images, prompts):\n    return [float(len(images))] * len(images)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    output = tmp_path / "scores.parquet"
+    run(capsys, files(tmp_path / "pictures"), "--prompt", "x", "--model", "n=my_own_scorer:count", "--output", output)
+    assert pq.read_table(output)["n"].to_pylist() == [8.0] * 8
+
+
 # --- several models ----------------------------------------------------------------------------------------------
 
 
@@ -273,6 +286,11 @@ def test_bad_pictures_are_named_by_row(tmp_path, capsys):
         (["{0}/table", "--model", "shapes", "--model", "shapes", "--output", "{0}/x.csv"], "two models are named"),
         (["{0}/table", "--model", "shapes", "--set", "scale=2", "--output", "{0}/x.csv"], "COLUMN.OPTION=VALUE"),
         (["{0}/table", "--model", "shapes", "--set", "shapes.scale=2", "--output", "{0}/x.csv"], "no option 'scale'"),
+        (["{0}/table", "--model", "a=shapes?scale=2", "--output", "{0}/x.csv"], "no option 'scale'"),
+        (
+            ["{0}/table", "--model", "shapes", "--set", "shapes.api_key=k", "--output", "{0}/x.csv"],
+            "REWARD_MODEL_API_KEY",
+        ),
         (["{0}/table", "--model", "shapes", "--weight", "shapes=2", "--output", "{0}/x.csv"], "--ensemble"),
         (["{0}/table", "--model", "shapes", "--ensemble", "best", "--output", "{0}/x.csv"], "votes, zscore or mean"),
         (["{0}/table", "--model", "ensemble", "--output", "{0}/x.csv"], "--ensemble RULE"),

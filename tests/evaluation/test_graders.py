@@ -32,6 +32,7 @@ from diffalign.evaluation.prompt_sets import Point
 from diffalign.shapes import parse
 from diffalign.shapes.checker import read
 from diffalign.shapes.renderer import render
+from reward_models import RewardModelError
 
 BLANK = Image.new("RGB", (100, 100))
 
@@ -223,6 +224,8 @@ def test_a_judge_behind_a_server_answers_points_and_its_failures_are_missing(ser
     assert "2. Attribute - Color: a red hat" in text["text"] and picture["image_url"]["url"].startswith(
         "data:image/png"
     )
+    with pytest.raises(RewardModelError, match="none of 2 questions.*REWARD_MODEL_API_KEY"):
+        grader.grade([BLANK] * 2, [("broken", POINTS)] * 2)
     by_name = load_grader(f"{address}#m", "unigenbench:x")
     assert by_name.grade([BLANK], items[:1]) == [[1.0, 0.0]]
 

@@ -18,6 +18,7 @@ from diffalign.errors import CheckpointError, ConfigError
 from diffalign.evaluation import evaluate
 from diffalign.evaluation.appearance import clip_embedding, distance, diversity, embed, measure
 from diffalign.evaluation.models import ModelSpec, locate, parse_models
+from diffalign.evaluation.panel import Panel
 from diffalign.evaluation.pictures import SamplingSettings, draw
 from diffalign.evaluation.roles import read_training, role
 from diffalign.evaluation.scores import judge_pairs
@@ -128,6 +129,8 @@ def test_places_of_weights(place):
     for spec in (ModelSpec("./nowhere"), ModelSpec(f"{place}/nowhere"), ModelSpec("shapes", negative="/nowhere")):
         with pytest.raises(CheckpointError, match="does not exist"):
             locate(spec, "shapes")
+    with pytest.raises(CheckpointError, match="must be downloaded first"):
+        locate(ModelSpec("shapes", negative="owner/name"), "shapes")
 
 
 def test_roles_come_from_the_run_or_its_table(place, tmp_path):
@@ -150,6 +153,47 @@ def test_roles_come_from_the_run_or_its_table(place, tmp_path):
         "hold-out",
     ]
     assert role("clip", None) == "unknown"
+    assert role("hpsv2.1", ("hpsv2",)) == "related"
+
+
+def test_roles_of_tables_that_the_generator_made(tmp_path):
+    """A scorer that did not vote is a hold-out; where the order of the pipelines decided, all are."""
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "score_ranges.json").write_text(json.dumps({"clip": [0, 1], "aesthetic": [0, 9]}))
+    made = tmp_path / "table" / "generation_report.json"
+    made.write_text(json.dumps({"rank_by": "votes", "hold_outs": ["aesthetic"]}))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"method": "dpo", "dataset": str(tmp_path / "table")}))
+    assert read_training(run).trained_on == ("clip",)
+    made.write_text(json.dumps({"rank_by": "pipelines", "hold_outs": []}))
+    assert read_training(run).trained_on == () and role("clip", ()) == "hold-out"
+
+
+def test_roles_of_online_runs(tmp_path):
+    """The run's report has the judges' own names; until there is one, the settings' names without their options."""
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"method": "prefgrpo", "rewards": ["unified-reward?family=think&backend=server", "clip"]})
+    )
+    assert read_training(tmp_path).trained_on == ("unified-reward", "clip")
+    (tmp_path / "training_report.json").write_text(json.dumps({"method": "prefgrpo", "rewards": ["hpsv2.1"]}))
+    assert read_training(tmp_path).trained_on == ("hpsv2.1",)
+    (tmp_path / "training_report.json").unlink()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": "prefgrpo", "rewards": ["mine.judges:Judge"]}))
+    assert read_training(tmp_path).trained_on is None  # its scores may have any name
+
+
+def test_a_judge_that_only_compares_is_never_asked_for_scores():
+    class Thinking(First):
+        pairs_only = True
+
+        def score(self, images, prompts):
+            raise AssertionError("asked for scores")
+
+    panel = Panel(["a", "b"], [Thinking()])
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    base, other = panel.judge(pictures), panel.judge(pictures[::-1])
+    assert base.scores == {} and panel.pairwise(base, other)["first"] == ([0.5, 0.5], [0.5, 0.5])
 
 
 def test_several_models_share_one_report_with_roles_and_a_sweep(finished):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffalign.shapes.scorer import ShapesScorer
-from reward_models import BaseRewardModel, RewardModel, RewardModelError, load_reward_model, registry
+from reward_models import BaseRewardModel, RewardModel, RewardModelError, can_score, load_reward_model, registry
 
 PICTURES = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in range(40)]
 
@@ -96,6 +96,42 @@ def test_entry_points_are_offered(monkeypatch):
 def test_what_cannot_be_used_is_refused(target, options, word):
     with pytest.raises(RewardModelError, match=word):
         load_reward_model(target, **options)
+
+
+def test_options_may_be_written_behind_a_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "users_scorers", sys.modules[__name__])
+    assert load_reward_model("users_scorers:Redness?scale=2.5").scale == 2.5
+    assert load_reward_model("users_scorers:Redness?scale=2.5", scale=3.0).scale == 3.0
+    assert registry.split_options("clip?dtype=fp16&tag=null") == ("clip", {"dtype": torch.float16, "tag": None})
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("clip?nonsense", "option=value"),
+        ("clip?dtype=half", "fp32"),
+        ("clip?tag=[", "YAML"),
+        ("clip?colour=red", "colour.*model"),
+        ("unified-reward?backend=server&api_key=secret", "REWARD_MODEL_API_KEY"),
+        ("ensemble", "needs the option members"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(text, word):
+    with pytest.raises(RewardModelError, match=word) as refused:
+        load_reward_model(text)
+    assert "secret" not in str(refused.value)
+
+
+class OnlyPairs(Redness):
+    """As UnifiedReward's thinking judges: ``score`` is there, and refuses."""
+
+    pairs_only = True
+
+    def compare(self, pairs, prompts): ...
+
+
+def test_who_can_score():
+    assert can_score(Redness()) and not can_score(OnlyPairs())
 
 
 def test_wrong_counts_and_infinite_scores_are_refused():

@@ -40,6 +40,13 @@ def pairs(n: int) -> list[tuple[Image.Image, Image.Image]]:
     return [(PICTURES[i % 25], PICTURES[(i + 1 + i // 25) % 25]) for i in range(n)]
 
 
+def test_the_key_may_stand_in_the_environment(monkeypatch):
+    monkeypatch.setenv("REWARD_MODEL_API_KEY", "from outside")
+    with JudgeServer(honest) as server:
+        judge_of(server).compare([(PICTURES[3], PICTURES[1])], ["a fox"])
+        assert server.authorizations == {"Bearer from outside"}
+
+
 def test_both_orders_are_asked_each_with_its_own_prompt():
     with JudgeServer(honest) as server:
         judge = judge_of(server, api_key="secret", revision="v1", extra_body={"repetition_penalty": 1.0})
