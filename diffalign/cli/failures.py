@@ -22,7 +22,8 @@ def one_line(error: BaseException) -> str | None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
         return (
-            f"{' '.join(str(error).split())[:200]} Lower batch_size and raise gradient_accumulation_steps by the same "
-            "factor (the training stays the same), or set gradient_checkpointing=true or mixed_precision=bf16."
+            f"{' '.join(str(error).split())[:200]} Lower the batch size. `generate` also has "
+            "load_models=one_by_one; a training stays the same when gradient_accumulation_steps rises by the same "
+            "factor, and has gradient_checkpointing=true and mixed_precision=bf16."
         )
     return None

@@ -156,7 +156,11 @@ def fill_prompts(
     share: Share,
     device: torch.device | str,
 ) -> None:
-    """Encode this process's share of the prompts that are missing; the first one also the empty branch."""
+    """Encode this process's share of the prompts that are missing; the first one also the empty branch.
+
+    Raises:
+        DataError: the text encoders are needed and not loaded, or give numbers that are not finite for a prompt.
+    """
     first_row: dict[str, int] = {}
     for row in chosen:
         first_row.setdefault(index.prompt(row), row)
@@ -177,7 +181,7 @@ def fill_prompts(
         )
     adapter.move_encoders(device)
     if share.index == 0 and not names:
-        cache.put(_as_entries(UNCONDITIONAL, adapter.unconditional()))
+        cache.put(_as_entries(UNCONDITIONAL, adapter.unconditional(), "the empty prompt"))
     texts = {key: extra[key] if key in extra else dataset.prompt(first_row[key]) for key in missing}
     warn_of_cut_prompts(adapter, texts.values() if share.index == 0 else ())
     for chunk in share.chunks(wanted, config.encode_batch_size, "Encoding prompts"):
@@ -187,12 +191,19 @@ def fill_prompts(
         tensors = adapter.encode_prompts(prompts)
         for number, key in enumerate(chunk):
             if key in texts:
-                cache.put(_as_entries(key, {name: tensor[number : number + 1] for name, tensor in tensors.items()}))
+                own = {name: tensor[number : number + 1] for name, tensor in tensors.items()}
+                cache.put(_as_entries(key, own, f"the prompt {texts[key]!r:.80}"))
     cache.flush()
 
 
-def _as_entries(key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored of one prompt, from tensors (1, ...)."""
+def _as_entries(key: str, tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """What is stored of one prompt, from tensors (1, ...).
+
+    Raises:
+        DataError: a number in them is not finite; ``what`` names the prompt.
+    """
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise DataError(f"{what}: its embedding is not finite. Load the text encoders in fp32 or bf16, or remove it.")
     return {f"{key}.{name}": as_exact_half(tensor[0]) for name, tensor in tensors.items()}
 
 

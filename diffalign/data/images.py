@@ -64,6 +64,12 @@ def _open(data: bytes, where: str) -> Image.Image:
         ) from error
 
 
+def image_suffix(data: bytes, where: str) -> str:
+    """Suffix of a file of these bytes, read from their header alone: ``png``, ``jpg``, ``webp``, ..."""
+    with _open(data, where) as image:
+        return {"JPEG": "jpg"}.get(str(image.format), str(image.format).lower())
+
+
 def image_size(data: bytes, where: str) -> tuple[int, int]:
     """(height, width) in pixels as the picture is shown, read from its header alone."""
     with _open(data, where) as image:

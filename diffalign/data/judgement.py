@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ..errors import DataError
@@ -54,7 +55,7 @@ def as_number(value: Any, where: str) -> float:
     return number
 
 
-def ranks(values: Sequence[float]) -> list[int]:
+def ranks(values: Sequence[float | Fraction]) -> list[int]:
     """Rank of each value, the highest first: 1 plus the number of higher ones, so equal values tie."""
     return [1 + sum(other > value for other in values) for value in values]
 

@@ -73,6 +73,7 @@ class PreferenceDataset:
         judgements: Iterable[Judgement],
         report: LoadReport,
         score: str | None,
+        dealt: Iterable[Sequence[int]] | None = None,
     ) -> None:
         self.report = report
         self._table, self._score = table, score
@@ -87,6 +88,7 @@ class PreferenceDataset:
         self._preference = np.asarray(preference, dtype=np.float64)
         self._rank = np.asarray(rank, dtype=np.int32)
         self._ends = np.asarray(ends, dtype=np.int64)
+        self._dealt = None if dealt is None else np.asarray([i for order in dealt for i in order], dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -100,7 +102,8 @@ class PreferenceDataset:
         row = PreferenceRow.from_record(
             to_own_columns(self._table.record(number), where), number=number, score=self._score
         )
-        return replace(row, preference=self.preference(index), rank=self.rank(index))
+        scores = self._deal(index, row.scores)
+        return replace(row, preference=self.preference(index), rank=self.rank(index), scores=scores)
 
     def __iter__(self) -> Iterator[PreferenceRow]:
         return (self[index] for index in range(len(self)))
@@ -126,7 +129,17 @@ class PreferenceDataset:
         """Raw scores of the candidates of a row by reward model, NaN where missing; read without the images."""
         number = self.number(index)
         cells = to_own_columns(self._table.outline(number), f"row {number}")
-        return read_scores(cells.get("scores"), len(self.rank(index)), f"row {number}")
+        return self._deal(index, read_scores(cells.get("scores"), len(self.rank(index)), f"row {number}"))
+
+    def _deal(self, index: int, scores: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The table's scores of a row, each where the rest of its judgement is."""
+        order = self._order(index)
+        return {name: [values[i] for i in order] for name, values in scores.items()}
+
+    def _order(self, index: int) -> Sequence[int]:
+        """Whose judgement each candidate of a row has: its own, unless judgements were dealt anew."""
+        start, end = self._ends[index], self._ends[index + 1]
+        return range(end - start) if self._dealt is None else self._dealt[start:end].tolist()
 
     def score_range(self, name: str) -> tuple[float, float]:
         """Lowest and highest score of a reward model: as stored with the data set, else over the rows of this one.
@@ -158,18 +171,23 @@ class PreferenceDataset:
 
     def select(self, indices: Iterable[int]) -> PreferenceDataset:
         """The dataset of these rows."""
-        chosen = list(indices)
+        chosen = [range(len(self))[i] for i in indices]  # counts from the end too, and refuses what is not there
         judgements = [Judgement(self.preference(i), self.rank(i), {}) for i in chosen]
-        return PreferenceDataset(self._table, self._numbers[chosen], judgements, self.report, self._score)
+        dealt = [self._order(i) for i in chosen]
+        return PreferenceDataset(self._table, self._numbers[chosen], judgements, self.report, self._score, dealt)
 
     def with_shuffled_preferences(self, seed: int) -> PreferenceDataset:
-        """The same rows with each row's judgements dealt anew among its images: a control without any signal."""
-        judgements = []
+        """The same rows with each row's judgements dealt anew among its images: a control without any signal.
+
+        A judgement is preference, rank and scores together, so that soft labels from scores lose the signal too.
+        """
+        judgements, dealt = [], []
         for index in range(len(self)):
             preference, rank = self.preference(index), self.rank(index)
             order = keyed_permutation(len(rank), seed, self.number(index), "shuffled preferences")
             judgements.append(Judgement([preference[i] for i in order], [rank[i] for i in order], {}))
-        return PreferenceDataset(self._table, self._numbers, judgements, self.report, self._score)
+            dealt.append([self._order(index)[i] for i in order])
+        return PreferenceDataset(self._table, self._numbers, judgements, self.report, self._score, dealt)
 
 
 def load_preferences(
@@ -249,9 +267,7 @@ def store_score_ranges(folder: str | Path) -> dict[str, tuple[float, float]]:
     table = open_table(Path(folder), split="train", revision=None)
     ranges: dict[str, tuple[float, float]] = {}
     for number, cells in enumerate(table.outlines()):
-        own = to_own_columns(cells, f"row {number}")
-        count = own["images"] if isinstance(own.get("images"), int) else len(own.get("images") or [])
-        for name, values in read_scores(own.get("scores"), count, f"row {number}").items():
+        for name, values in outline_scores(cells, f"row {number}").items():
             present = [value for value in values if not math.isnan(value)]
             if present:
                 low, high = ranges.get(name, (math.inf, -math.inf))
@@ -281,6 +297,13 @@ def require_columns(table: Table) -> None:
 def to_own_columns(cells: Cells, where: str) -> Cells:
     """Cells in our columns, whichever layout they came in."""
     return from_pickapic(cells, where) if "caption" in cells and "images" not in cells else cells
+
+
+def outline_scores(cells: Cells, where: str) -> dict[str, list[float]]:
+    """Raw scores by reward model of a row that came without its pictures, NaN where missing."""
+    own = to_own_columns(cells, where)
+    count = own["images"] if isinstance(own.get("images"), int) else len(own.get("images") or [])
+    return read_scores(own.get("scores"), count, where)
 
 
 def read_outline(cells: Cells, where: str, *, score: str | None = None) -> Judgement:

@@ -69,7 +69,8 @@ def soften(
         if math.isnan(winner) or math.isnan(loser):
             counts["score_missing"] += 1
             continue
-        probability = float(soft_probability(torch.tensor([winner - loser], dtype=torch.float64), high - low))
+        difference = torch.tensor([winner - loser], dtype=torch.float64)
+        probability = float(soft_probability(difference, high - low, contradiction="follow_scores"))
         if winner < loser and example.probability != 0.5:  # a tie that was kept has no label to contradict
             counts["contradictions"] += 1
             if contradiction == "drop":

@@ -6,6 +6,7 @@ Each becomes a :class:`Table`, which gives single rows with their images, and al
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from abc import ABC, abstractmethod
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesList, get_data_patterns
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import DataError
 from .images import content_hash
@@ -113,17 +115,20 @@ class FolderTable(ListTable):
     def _path(self, name: Any, where: str) -> Path:
         if not isinstance(name, str) or not name:
             raise DataError(f"{self.name}, {where}: expected a file name, got {name!r}.")
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):
-            raise DataError(f"{self.name}, {where}: {name} lies outside the folder. Name pictures inside of it.")
-        return path
+        return path_within([self.folder], name, f"{self.name}, {where}")
 
 
 class ArrowTable(Table):
-    """A `datasets.Dataset`: memory-mapped, so that only the rows asked for are read."""
+    """A `datasets.Dataset`: memory-mapped, so that only the rows asked for are read.
 
-    def __init__(self, dataset: datasets.Dataset, name: str) -> None:
-        self.dataset, self.name = dataset.with_format("arrow"), name
+    Args:
+        dataset: the rows.
+        name: how messages name the table.
+        folders: of a table that somebody else may have written: where pictures may lie that it names by path.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, name: str, folders: Sequence[Path] | None = None) -> None:
+        self.dataset, self.name, self.folders = dataset.with_format("arrow"), name, folders
         self.columns = list(dataset.column_names)
         self.fingerprint = getattr(dataset, "_fingerprint", None)
         self._light = self.dataset.select_columns([name for name in self.columns if name not in PICTURES])
@@ -132,7 +137,8 @@ class ArrowTable(Table):
         return len(self.dataset)
 
     def record(self, number: int) -> Cells:
-        return self.dataset[number].to_pylist()[0]
+        cells = self.dataset[number].to_pylist()[0]
+        return cells if self.folders is None else pictures_within(self.folders, cells, f"{self.name}, row {number}")
 
     def outline(self, number: int) -> Cells:
         return self._light[number].to_pylist()[0]
@@ -156,6 +162,34 @@ class ArrowTable(Table):
         return [count for part in parts for count in pc.list_value_length(part["images"]).to_pylist()]
 
 
+def path_within(folders: Sequence[Path], name: str, where: str) -> Path:
+    """The file that a table names, relative to the first folder.
+
+    Raises:
+        DataError: it lies in none of the folders. A table from elsewhere must not pull in other files of this machine.
+    """
+    path = (folders[0] / name).resolve()
+    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+        raise DataError(f"{where}: {name} lies outside the folder of the table. Name pictures inside of it.")
+    return path
+
+
+def pictures_within(folders: Sequence[Path], cells: Cells, where: str) -> Cells:
+    """The cells of a row, with each picture that is no more than a path checked by :func:`path_within`."""
+
+    def checked(cell: Any, place: str) -> Any:
+        name = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
+        return path_within(folders, name, f"{where}, {place}") if isinstance(name, str) and name else cell
+
+    changed: Cells = {}
+    for column, cell in cells.items():
+        if column not in PICTURES:
+            continue
+        items = [checked(item, f"{column}[{i}]") for i, item in enumerate(cell)] if _is_list(cell) else None
+        changed[column] = checked(cell, column) if items is None else items
+    return cells | changed
+
+
 def open_table(source: Any, *, split: str, revision: str | None) -> Table:
     """The table behind whatever the user named.
 
@@ -167,12 +201,8 @@ def open_table(source: Any, *, split: str, revision: str | None) -> Table:
     Raises:
         DataError: there is no such thing, or it holds no such split.
     """
-    if isinstance(source, datasets.DatasetDict):
-        if split not in source:
-            raise DataError(f"expected a split named {split!r}, got {', '.join(source)}.")
-        return ArrowTable(source[split], f"the split {split!r}")
-    if isinstance(source, datasets.Dataset):
-        return ArrowTable(source, "the dataset")
+    if isinstance(source, (datasets.Dataset, datasets.DatasetDict)):
+        return _open_dataset(source, split)
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes)):
         for number, row in enumerate(source):
             if not isinstance(row, Mapping):
@@ -194,6 +224,16 @@ def open_table(source: Any, *, split: str, revision: str | None) -> Table:
     return table
 
 
+def _open_dataset(
+    source: datasets.Dataset | datasets.DatasetDict, split: str, folders: Sequence[Path] | None = None
+) -> Table:
+    if isinstance(source, datasets.Dataset):
+        return ArrowTable(source, "the dataset", folders)
+    if split not in source:
+        raise DataError(f"expected a split named {split!r}, got {', '.join(source)}.")
+    return ArrowTable(source[split], f"the split {split!r}", folders)
+
+
 def _open_folder(folder: Path, split: str) -> Table:
     for place in (folder / split, folder):
         for name in METADATA:
@@ -202,7 +242,7 @@ def _open_folder(folder: Path, split: str) -> Table:
                     raise DataError(f"{folder} has only the split 'train', got split={split!r}.")
                 return _open_metadata(place / name)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return open_table(_from_disk(folder), split=split, revision=None)
+        return _open_dataset(_from_disk(folder), split, [folder])
     if not any(folder.rglob("*.parquet")):
         raise DataError(
             f"{folder} holds neither *.parquet nor {', '.join(METADATA)}: expected a preference table. "
@@ -212,7 +252,7 @@ def _open_folder(folder: Path, split: str) -> Table:
     if split not in patterns:
         raise DataError(f"{folder}: expected a split named {split!r}, got {', '.join(map(str, patterns))}.")
     files = DataFilesList.from_patterns(patterns[split], base_path=str(folder), allowed_extensions=[".parquet"])
-    return _load_parquet(sorted(map(str, files)), str(folder), split)
+    return _load_parquet(sorted(map(str, files)), folder, split)
 
 
 def _from_disk(folder: Path) -> Any:
@@ -227,7 +267,7 @@ def _open_file(path: Path, split: str) -> Table:
     if split != "train":
         raise DataError(f"{path} is a single file, which has only the split 'train', got split={split!r}.")
     if path.suffix == ".parquet":
-        return _open_metadata(path) if path.name in METADATA else _load_parquet([str(path)], str(path), split)
+        return _open_metadata(path) if path.name in METADATA else _load_parquet([str(path)], path, split)
     if path.suffix in (".jsonl", ".csv"):
         return FolderTable(path)
     raise DataError(f"{path}: expected a .parquet, .jsonl or .csv table, got {path.suffix or 'no suffix'}.")
@@ -236,7 +276,7 @@ def _open_file(path: Path, split: str) -> Table:
 def _open_metadata(path: Path) -> Table:
     """A table beside pictures; a metadata.parquet may also carry the pictures themselves."""
     if path.suffix == ".parquet" and not _names_files(path):
-        return _load_parquet([str(path)], str(path), "train")
+        return _load_parquet([str(path)], path, "train")
     return FolderTable(path)
 
 
@@ -252,24 +292,28 @@ def _parquet_schema(path: Path) -> Any:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again.") from error
 
 
-def _load_parquet(files: list[str], name: str, split: str) -> Table:
+def _load_parquet(files: list[str], source: Path, split: str) -> Table:
+    """The table in some files of a folder, or in a single one."""
     for file in files:  # a file cut short is named here, which `datasets` would not do
         _parquet_schema(Path(file))
     try:
-        return ArrowTable(datasets.load_dataset("parquet", data_files={split: files}, split=split), name)
+        dataset = datasets.load_dataset("parquet", data_files={split: files}, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise DataError(f"{name}: cannot be read as one table ({error.__cause__ or error}).") from error
+        raise DataError(f"{source}: cannot be read as one table ({error.__cause__ or error}).") from error
+    return ArrowTable(dataset, str(source), [source if source.is_dir() else source.parent])
 
 
 def _open_hub(name: str, split: str, revision: str | None) -> Table:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form owner/name). Check the path.")
     try:
-        table = ArrowTable(datasets.load_dataset(name, split=split, revision=revision), name)
+        dataset = datasets.load_dataset(name, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name}: no such file or folder here, and the hub's dataset of that name cannot be loaded: {error}"
         ) from error
+    downloaded = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+    table = ArrowTable(dataset, name, [downloaded, datasets.config.DOWNLOADED_DATASETS_PATH])
     try:
         stored = hf_hub_download(name, SCORE_RANGES, repo_type="dataset", revision=revision)
     except EntryNotFoundError:
@@ -291,13 +335,17 @@ def _read_metadata(path: Path) -> list[Cells]:
     if path.suffix == ".parquet":
         return pq.read_table(path).to_pylist()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # as bytes, so that quoted line ends of a CSV stay what they are
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}).") from error
     if path.suffix == ".csv":
-        return [_csv_cells(row, path, number) for number, row in enumerate(csv.DictReader(text.splitlines()))]
+        try:
+            table = list(csv.DictReader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise DataError(f"{path}: cannot be read as a table ({error}).") from error
+        return [_csv_cells(row, path, number) for number, row in enumerate(table)]
     rows = []
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(text.split("\n"), 1):  # splitlines() would also break texts at U+2028 and others
         if not content.strip():
             continue
         try:

@@ -147,7 +147,7 @@ def _pickapic(path: Path) -> Iterator[Entry]:
 
 def _geneval(path: Path) -> Iterator[Entry]:
     """``evaluation_metadata.jsonl`` of djghosh13/geneval: tag, include, exclude, prompt."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -185,7 +185,7 @@ def _compbench(path: Path) -> Iterator[Entry]:
     """
     files = sorted(path.glob("*_val.txt")) if path.is_dir() else [path]
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 yield Entry(_text(line, f"{file}, line {number}"), re.sub(r"_val.*$", "", file.stem))
 

@@ -73,9 +73,9 @@ def _read_file(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the prompts in {path} as UTF-8 text: {error}") from error
     if path.suffix == ".txt":
-        return text.splitlines()
+        return text.removesuffix("\n").split("\n")
     if path.suffix == ".jsonl":
-        return [_json_prompt(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [_json_prompt(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".json":
         items = read_json(text, str(path))
         if not isinstance(items, list):

@@ -7,7 +7,7 @@ nothing but the prompt string. What a caption does not mention (size, position, 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -167,11 +167,6 @@ def sample_captions(count: int, seed: int, *, held_out: bool = False, unique: bo
         if len(result) == count:
             return result
     raise ValueError(f"the shapes world has fewer than {count} different captions of this kind; ask for fewer.")
-
-
-def free(caption: Caption, **changes: object) -> Caption:
-    """A copy of ``caption`` with fields changed."""
-    return replace(caption, **changes)  # type: ignore[arg-type]
 
 
 def _sample_thing(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:

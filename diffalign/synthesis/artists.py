@@ -20,6 +20,7 @@ from ..errors import ConfigError, DataError, DiffalignError
 from ..pipelines import load_pipeline, supported_pipelines
 from ..pipelines.hub import model_licence
 from ..randomness import keyed_seed
+from .card import public_name
 from .config import PipelineSpec
 from .sampling import iterate_images, picture_seed
 
@@ -138,8 +139,8 @@ def drawn_prompt(spec: PipelineSpec, prompt: str) -> str:
 
 
 def model_name(spec: PipelineSpec) -> str:
-    """The model, and what is on top of it."""
-    return spec.model if spec.lora is None else f"{spec.model} + {spec.lora}"
+    """The model, and what is on top of it, as it is published: without folders of this machine."""
+    return " + ".join(public_name(part) for part in (spec.model, spec.lora) if part is not None)
 
 
 def resolved_revision(spec: PipelineSpec) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.schema import PreferenceRow, row_id_of
 from .candidates import Candidate, Row, distance
 from .config import RankingConfig
-from .ranking import Ranking, Voter, is_complete, rank_by_given, rank_by_sum, rank_candidates
+from .ranking import Ranking, Voter, is_complete, rank_by_given, rank_by_sum, rank_candidates, verdicts
 from .store import stored_comparisons
 
 
@@ -63,7 +63,11 @@ def rank_row(row: Row, config: RankingConfig, given: Mapping[str, float]) -> Ran
         return f"{len(usable)} usable pictures of {len(row.candidates)}"
     if config.rank_by == "pipelines":
         return rank_by_given([given[row.candidates[number].pipeline] for number in usable])
-    voters = {name: Voter(spec.weight, spec.family, spec.tie) for name, spec in config.scorers.items() if spec.votes}
+    voters = {
+        name: Voter(spec.weight, spec.family, spec.tie)
+        for name, spec in config.scorers.items()
+        if spec.votes and spec.weight  # without a weight nobody waits for its scores either
+    }
     scores = {name: [row.scores[name][number] for number in usable] for name in voters}
     if config.rank_by == "weighted_sum":
         ranking = rank_by_sum(scores, voters, missing=config.missing)
@@ -168,15 +172,15 @@ class _Tally:
 
     def _note_agreement(self, row: Row, ranking: Ranking, config: RankingConfig) -> None:
         """How often two models order a pair alike, and how often one contradicts the final order."""
-        verdicts: dict[str, list[int]] = {"(ranking)": _verdicts([-rank for rank in ranking.rank])}
+        known: dict[str, list[int]] = {"(ranking)": verdicts([-rank for rank in ranking.rank])}
         for name, spec in config.scorers.items():
             values = [row.scores[name][number] for number in row.usable]
             compared = row.comparisons.get(name)
             if is_complete(compared or values):
-                verdicts[name] = _verdicts(values, compared, spec.tie)
-        for first, second in combinations(verdicts, 2):
+                known[name] = verdicts(values, compared, spec.tie)
+        for first, second in combinations(known, 2):
             own = self.agreement.setdefault(f"{first} | {second}", Counter())
-            for a, b in zip(verdicts[first], verdicts[second], strict=True):
+            for a, b in zip(known[first], known[second], strict=True):
                 own["decided"] += bool(a and b)
                 own["alike"] += bool(a and a == b)
 
@@ -189,11 +193,3 @@ class _Tally:
             "scores": self.scores,
             "agreement": {name: dict(values) for name, values in self.agreement.items()},
         }
-
-
-def _verdicts(values: Sequence[float], comparisons: Sequence[float] | None = None, tie: float = 0.0) -> list[int]:
-    """1 where the first of a pair is better, -1 where the second is, 0 for a tie."""
-    pairs = combinations(range(len(values)), 2)
-    leads = [p - 0.5 for p in comparisons] if comparisons else [values[i] - values[j] for i, j in pairs]
-    limit = 0.0 if comparisons else tie
-    return [(lead > limit) - (lead < -limit) for lead in leads]

@@ -24,6 +24,7 @@ from ..data.schema import PreferenceRow, write_preferences
 from ..errors import ConfigError
 from ..randomness import keyed_seed
 from .candidates import encode
+from .card import public_name
 from .ranking import MissingRule, Ranking, rank_candidates
 from .sampling import generate_images, picture_seed
 
@@ -153,7 +154,7 @@ def _check(prompts: Sequence[str], images_per_prompt: int, reward_models: Sequen
 
 def _source(pipeline: Any, seed: int, steps: int, guidance: float) -> dict[str, Any]:
     return {
-        "model": pipeline.config.get("_name_or_path") or type(pipeline).__name__,
+        "model": public_name(pipeline.config.get("_name_or_path") or type(pipeline).__name__),
         "seed": seed,
         "steps": steps,
         "guidance": guidance,

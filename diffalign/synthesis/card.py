@@ -13,12 +13,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.files import atomic_file
 from ..data.schema import PreferenceRow
 from ..errors import ConfigError
+from ..pipelines.hub import HTTP_ERROR
 
 log = logging.getLogger(__name__)
 CARD, GRID = "README.md", "grid.png"
@@ -91,9 +92,9 @@ def _pipelines(report: Mapping[str, Any]) -> str:
             f"| {own['images']} | {own['not_ranked']} | {number(own['mean_preference'])} "
             f"| {number(own['diversity'])} |"
         )
-    of = report.get("diversity_of", "thumbnails")
-    measure = "RMS distance of the thumbnails" if of == "thumbnails" else f"cosine distance of the {of} embeddings"
-    lines.append(f"\nDiversity: mean {measure} of two pictures of one prompt.")
+    if of := report.get("diversity_of"):
+        measure = "RMS distance of the thumbnails" if of == "thumbnails" else f"cosine distance of the {of} embeddings"
+        lines.append(f"\nDiversity: mean {measure} of two pictures of one prompt.")
     return "\n".join(lines)
 
 
@@ -143,7 +144,8 @@ def public_name(name: str | None) -> str:
     """A model's name without folders of this machine."""
     parts = (name or "-").split(" + ")
     return " + ".join(
-        Path(part).name if Path(part).exists() or part.startswith(("/", ".", "~")) else part for part in parts
+        Path(part).absolute().name if Path(part).exists() or part.startswith(("/", ".", "~")) else part
+        for part in parts
     )
 
 
@@ -187,7 +189,7 @@ def push_table(folder: Path, name: str, *, private: bool = True) -> str:
         Address of the commit.
 
     Raises:
-        ConfigError: no table, not signed in, an impossible name, or the hub refused.
+        ConfigError: no table, not signed in, an impossible name, or the hub refused or cannot be reached.
     """
     if not (folder / CARD).is_file() or not any(folder.glob("*.parquet")):
         raise ConfigError(f"{folder} holds no finished table with a {CARD}: finish the run first.")
@@ -209,5 +211,7 @@ def push_table(folder: Path, name: str, *, private: bool = True) -> str:
         raise ConfigError(f"{name!r} is no repository name: {error}") from error
     except HfHubHTTPError as error:
         raise ConfigError(f"the hub refused {name!r}: {error}. The table is safe in {folder}.") from error
+    except (HTTP_ERROR, OfflineModeIsEnabled) as error:
+        raise ConfigError(f"the hub cannot be reached: {error}. The table is safe in {folder}.") from error
     log.info("pushed %s to %s", folder, repository.repo_id)
     return str(commit.commit_url)

@@ -107,6 +107,8 @@ class RankingConfig(_Strict):
             raise ValueError(f"reward_models: rank_by={self.rank_by} needs at least one that votes")
         if self.rank_by == "votes" and any(spec.weight < 0 for spec in voters):
             raise ValueError("reward_models: weight: a share of the votes, at least 0")
+        if self.rank_by == "weighted_sum" and any(spec.family or spec.tie for spec in voters):
+            raise ValueError("reward_models: family and tie have no effect on rank_by=weighted_sum: leave them out")
         return self
 
     @property
@@ -163,7 +165,7 @@ class GenerationConfig(RankingConfig):
     @property
     def artists(self) -> dict[str, PipelineSpec]:
         """Pipelines by name."""
-        names = [spec.name or Path(spec.model).name.removesuffix(".safetensors") for spec in self.pipelines]
+        names = [spec.name or _last_part(spec.model) for spec in self.pipelines]
         _unique("pipelines", names)
         return dict(zip(names, self.pipelines, strict=True))
 
@@ -174,6 +176,11 @@ class GenerationConfig(RankingConfig):
         for pipeline in values["pipelines"]:
             del pipeline["batch_size"], pipeline["license"]
         return values
+
+
+def _last_part(model: str) -> str:
+    """The name of a pipeline that was given none."""
+    return Path(model).name.removesuffix(".safetensors")
 
 
 def _unique(where: str, names: list[str]) -> None:
@@ -232,41 +239,68 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one ``a.b.c=value`` in nested settings; items of a list go by number or by name."""
+    """Set one ``a.b.c=value`` in nested settings; items of a list go by number or by name.
+
+    Names may hold dots: the longest one that is there wins.
+    """
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    if not equals or not key.strip() or key.strip().endswith("."):
         raise ConfigError(f"expected key=value, got {override!r}. Write for example seed=1 or pipelines.0.steps=30.")
     try:
         value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {override!r} is not readable YAML: {' '.join(str(error).split())}") from error
-    *path, last = key.strip().split(".")
     place: Any = values
-    for part in path:
+    part, rest = _first(place, key.strip())
+    while rest:
+        by_name = place is values and part == "pipeline_weights"  # whose keys are names too, and may be new
+        if by_name:
+            values.setdefault(part, {})
         place = _step(place, part, override)
+        part, rest = (rest, "") if by_name else _first(place, rest)
     if isinstance(place, list):
-        place[_index(place, last, override)] = value
+        place[_index(place, part, override)] = value
     else:
-        place[last] = value
+        place[part] = value
+
+
+def _first(place: Any, path: str) -> tuple[str, str]:
+    """The first part of a dotted path and the rest: as much as names something at this place, else up to a dot."""
+    known = {name for item in place for name in _names(item)} if isinstance(place, list) else set(place)
+    ends = [i for i in range(len(path), 0, -1) if i == len(path) or path[i] == "."]
+    end = next((i for i in ends if path[:i] in known), ends[-1])
+    return path[:end], path[end + 1 :]
+
+
+def _names(item: Any) -> list[str]:
+    """What an item of a list answers to: its name, else the name that its model gives, and its model."""
+    values = _short(item)
+    if not isinstance(values, dict):
+        return []
+    model = str(values.get("model", ""))
+    return [str(values["name"])] if values.get("name") else [_last_part(model), model]
 
 
 def _step(place: Any, part: str, override: str) -> Any:
     if isinstance(place, list):
         index = _index(place, part, override)
-        place[index] = _short(place[index])
-        return place[index]
-    if not isinstance(place, dict) or not isinstance(place.get(part), (dict, list)):
+        place[index] = found = _short(place[index])
+    else:
+        found = place.get(part)
+    if not isinstance(found, (dict, list)):
         raise ConfigError(f"{override!r}: there is no {part!r} with parts in the settings.")
-    return place[part]
+    return found
 
 
 def _index(items: list[Any], part: str, override: str) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
-    names = [item.get("name") or item.get("model") if isinstance(item, dict) else item for item in items]
-    if part not in names:
-        raise ConfigError(f"{override!r}: expected a number below {len(items)} or one of {', '.join(map(str, names))}.")
-    return names.index(part)
+    names = [_names(item) for item in items]
+    for number, own in enumerate(names):
+        if part in own:
+            return number
+    known = ", ".join(own[0] for own in names if own)
+    raise ConfigError(f"{override!r}: expected a number below {len(items)} or one of {known}.")
 
 
 def parse(kind: type[Any], values: dict[str, Any]) -> Any:

@@ -7,11 +7,10 @@ import json
 import math
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from PIL import Image
+from typing import Any
 
 from ..data.files import atomic_file
+from ..data.images import image_suffix
 from ..data.preferences import PreferenceDataset
 from ..data.schema import PreferenceRow
 from ..errors import DataError
@@ -28,7 +27,7 @@ def export_folder(dataset: PreferenceDataset, folder: str | Path) -> Path:
         The written ``metadata.jsonl``; it appears last, when all pictures are there.
 
     Raises:
-        DataError: the folder holds a table already, or cannot be written to.
+        DataError: the folder holds a table already, or cannot be written to; or a picture is none.
     """
     folder = Path(folder)
     table = folder / "metadata.jsonl"
@@ -36,7 +35,7 @@ def export_folder(dataset: PreferenceDataset, folder: str | Path) -> Path:
         raise DataError(f"{table} is there already. Choose another folder, or remove it.")
     lines = []
     for index, row in enumerate(dataset):
-        names = [f"images/{index:07d}-{n}.{_suffix(data)}" for n, data in enumerate(row.image_bytes)]
+        names = [f"images/{index:07d}-{n}.{suffix}" for n, suffix in enumerate(_suffixes(row))]
         for name, data in zip(names, row.image_bytes, strict=True):
             with atomic_file(folder / name) as file:
                 file.write(data)
@@ -58,7 +57,7 @@ def export_webdataset(dataset: PreferenceDataset, folder: str | Path, shard_rows
         The written files; the same table gives the same bytes.
 
     Raises:
-        DataError: there are tar files already, or the folder cannot be written to.
+        DataError: there are tar files already, or the folder cannot be written to; or a picture is none.
     """
     folder = Path(folder)
     if any(folder.glob("*.tar")):
@@ -69,8 +68,8 @@ def export_webdataset(dataset: PreferenceDataset, folder: str | Path, shard_rows
         with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for index in range(number * shard_rows, min((number + 1) * shard_rows, len(dataset))):
                 row, key = dataset[index], f"{index:09d}"
-                for n, data in enumerate(row.image_bytes):
-                    _add(tar, f"{key}.{n}.{_suffix(data)}", data)
+                for n, (suffix, data) in enumerate(zip(_suffixes(row), row.image_bytes, strict=True)):
+                    _add(tar, f"{key}.{n}.{suffix}", data)
                 _add(tar, f"{key}.json", json.dumps(_cells(row), ensure_ascii=False).encode())
         written.append(path)
     return written
@@ -90,7 +89,5 @@ def _cells(row: PreferenceRow) -> dict[str, Any]:
     }
 
 
-def _suffix(data: bytes) -> str:
-    source: BinaryIO = io.BytesIO(data)
-    with Image.open(source) as image:
-        return {"JPEG": "jpg"}.get(str(image.format), str(image.format).lower())
+def _suffixes(row: PreferenceRow) -> list[str]:
+    return [image_suffix(data, f"{row.where}, images[{n}]") for n, data in enumerate(row.image_bytes)]

@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Literal
 
+from ..data.judgement import ranks
 from ..errors import ConfigError, DataError
 
 MissingRule = Literal["skip_model", "skip_row"]
@@ -86,7 +87,7 @@ def rank_candidates(
     votes = sum(weights.values()) * (k - 1)
     # Fractions are compared, so that equal shares tie exactly.
     total = [sum((weight * wins[name][i] for name, weight in weights.items()), Fraction(0)) for i in range(k)]
-    return Ranking([float(own / votes) for own in total], _ranks(total), tuple(weights))
+    return Ranking([float(own / votes) for own in total], ranks(total), tuple(weights))
 
 
 def rank_by_sum(
@@ -94,16 +95,17 @@ def rank_by_sum(
 ) -> Ranking | None:
     """Order by the sum of weight x raw score; ``preference`` is the share of the other candidates that each beats.
 
-    Weights bring the scores to one scale and are the caller's choice: nothing is standardised behind his back.
+    Weights bring the scores to one scale and are the caller's choice: nothing is standardised behind his back. A
+    voter's family and tie mean nothing here.
     """
-    _count(scores)
+    k = _count(scores)
     present = {name: values for name, values in scores.items() if is_complete(values)}
     if not present or (missing == "skip_row" and len(present) < len(scores)):
         return None
-    total = [
-        math.fsum(voters.get(name, Voter()).weight * values[i] for name, values in present.items())
-        for i in range(_count(present))
-    ]
+    total = [Fraction(0)] * k
+    for name, values in present.items():  # Fractions are added, so that equal sums tie exactly
+        weight = Fraction(str(voters.get(name, Voter()).weight))
+        total = [own + weight * Fraction(value) for own, value in zip(total, values, strict=True)]
     return _from_order(total, tuple(present))
 
 
@@ -113,21 +115,26 @@ def rank_by_given(values: Sequence[float]) -> Ranking:
 
 
 def wins_of(values: Sequence[float], comparisons: Sequence[float] | None = None, tie: float = 0.0) -> list[int]:
-    """How many of the others each of k candidates beats.
+    """How many of the others each of k candidates beats; arguments as of :func:`verdicts`."""
+    wins = [0] * len(values)
+    for (i, j), verdict in zip(combinations(range(len(values)), 2), verdicts(values, comparisons, tie), strict=True):
+        wins[i] += verdict > 0
+        wins[j] += verdict < 0
+    return wins
+
+
+def verdicts(values: Sequence[float], comparisons: Sequence[float] | None = None, tie: float = 0.0) -> list[int]:
+    """Of all k(k-1)/2 pairs: 1 where the first is better, -1 where the second is, 0 for a tie.
 
     Args:
         values: k scores, none missing; ignored where there are comparisons.
         comparisons: k(k-1)/2 probabilities that the first is better.
         tie: a lead in score that is no win yet.
     """
-    k = len(values)
-    wins = [0] * k
-    for place, (i, j) in enumerate(combinations(range(k), 2)):
-        lead = values[i] - values[j] if comparisons is None else comparisons[place] - 0.5
-        limit = tie if comparisons is None else 0.0
-        wins[i] += lead > limit
-        wins[j] += -lead > limit
-    return wins
+    if comparisons:
+        return [(p > 0.5) - (p < 0.5) for p in comparisons]
+    leads = [first - second for first, second in combinations(values, 2)]
+    return [(lead > tie) - (lead < -tie) for lead in leads]
 
 
 def vote_weights(names: Mapping[str, object], voters: Mapping[str, Voter]) -> dict[str, Fraction]:
@@ -145,13 +152,9 @@ def is_complete(values: Sequence[float]) -> bool:
     return not any(math.isnan(value) for value in values)
 
 
-def _from_order(values: list[float], voters: tuple[str, ...]) -> Ranking:
+def _from_order(values: Sequence[float | Fraction], voters: tuple[str, ...]) -> Ranking:
     wins = [Fraction(sum(own > other for other in values)) for own in values]
-    return Ranking([float(own / (len(values) - 1)) for own in wins], _ranks(wins), voters)
-
-
-def _ranks(values: Sequence[Fraction]) -> list[int]:
-    return [1 + sum(other > own for other in values) for own in values]
+    return Ranking([float(own / (len(values) - 1)) for own in wins], ranks(wins), voters)
 
 
 def _count(scores: Mapping[str, Sequence[float]]) -> int:

@@ -17,7 +17,7 @@ from ..data.sources import SCORE_RANGES
 from ..errors import DataError
 from ..pipelines.hub import model_licence
 from .artists import licence_of, model_name, resolved_revision
-from .card import push_table, write_card
+from .card import public_name, push_table, write_card
 from .config import GenerationConfig, RankingConfig
 from .prompts import PromptPlan
 from .store import FORMAT, Store, read_json, write_json
@@ -177,17 +177,23 @@ def _of_pipeline(own: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
+def public_identity(identity: Mapping[str, str | None]) -> dict[str, str | None]:
+    """A reward model's identity without folders of this machine."""
+    return {**identity, "id": public_name(identity.get("id"))}
+
+
 def _models(facts: dict[str, Any], identities: dict[str, Any], config: RankingConfig) -> dict[str, Any]:
+    """Each reward model that the table has scores of; one that was not asked for has no say."""
     result = {}
     for name, identity in identities.items():
-        own = facts.get("scores", {}).get(name, {})
+        own, spec = facts.get("scores", {}).get(name, {}), config.scorers.get(name)
         count = own.get("count", 0)
         mean = _ratio(own.get("sum", 0.0), count)
         variance = None if mean is None else max(own["squares"] / count - mean**2, 0.0)
         result[name] = {
-            "identity": identity,
-            "license": config.scorers[name].license or _licence(str(identity.get("id"))),
-            "votes": config.scorers[name].votes,
+            "identity": public_identity(identity),
+            "license": (spec and spec.license) or _licence(str(identity.get("id"))),
+            "votes": spec is not None and spec.votes,
             "scored": count,
             "missing": own.get("missing", 0),
             "mean": mean,

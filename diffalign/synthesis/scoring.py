@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from reward_models import RewardModelError, load_reward_model
+from reward_models import RewardModelError, can_score, load_reward_model
 
+from ..data.images import decode_image
 from ..errors import ConfigError, DataError
 from .candidates import Row
 from .config import RewardSpec
@@ -40,8 +40,7 @@ class Scorer:
             self.model: Any = load_reward_model(spec.model, device=device, **spec.options)
         except RewardModelError as error:
             raise ConfigError(f"reward_models: {error}") from error
-        only_pairs = not hasattr(self.model, "score") or getattr(self.model, "pairs_only", False)
-        self.pairs = spec.ask == "pairs" or (only_pairs and spec.ask is None)
+        self.pairs = spec.ask == "pairs" or (spec.ask is None and not can_score(self.model))
         if not hasattr(self.model, "compare" if self.pairs else "score"):
             raise ConfigError(f"reward_models: {name} gives no {spec.ask}; leave `ask` out.")
         if embeds and not hasattr(self.model, "embed"):
@@ -130,5 +129,9 @@ class Scorer:
 
 
 def picture(row: Row, number: int) -> Image.Image:
-    """A candidate as it is stored: what a trainer will see is what is judged."""
-    return Image.open(io.BytesIO(row.candidates[number].data)).convert("RGB")
+    """A candidate decoded as trainers do: what they will see is what is judged.
+
+    Raises:
+        DataError: its bytes are no picture.
+    """
+    return decode_image(row.candidates[number].data, f"prompt {row.prompt!r:.80}, images[{number}]")

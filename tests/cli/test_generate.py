@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from diffalign.cli import main
+from diffalign.cli.failures import one_line
 from diffalign.data import load_preferences
 from diffalign.synthesis.config import load_generation
 from tests.tiny import tiny_sd
@@ -83,3 +86,13 @@ def test_bad_input_is_one_clear_line(capsys, monkeypatch, tmp_path, arguments, w
     status, _, err = run(capsys, *arguments)
     assert status == 1
     assert word in err and "Traceback" not in err
+
+
+def test_what_to_do_without_memory_names_keys_of_each_command():
+    from diffalign.trainers.config import DPOConfig
+
+    said = one_line(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"))
+    assert "Tried to allocate 2 GiB Lower the batch size" in said
+    generating, training = said.split("`generate`")[1].split(";")
+    assert set(re.findall(r"(\w+_\w+)", generating)) == {"load_models", "one_by_one"}
+    assert set(re.findall(r"(\w+_\w+)", training)) <= set(DPOConfig.__dataclass_fields__)

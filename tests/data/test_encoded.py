@@ -286,6 +286,33 @@ def test_latents_that_are_not_finite_name_the_row(build: Build, adapter: Pipelin
         build(mixed_rows())
 
 
+def test_a_prompt_whose_embedding_is_not_finite_is_named_and_not_stored(
+    build: Build, adapter: PipelineAdapter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = adapter.encode_prompts
+
+    def overflowing(bad: str) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+        def encode(prompts: list[str]) -> dict[str, torch.Tensor]:
+            tensors = original(prompts)
+            for tensor in tensors.values():
+                tensor[[prompt == bad for prompt in prompts]] = float("nan")
+            return tensors
+
+        return encode
+
+    monkeypatch.setattr(TensorCache, "flush_seconds", -1.0)
+    monkeypatch.setattr(adapter, "encode_prompts", overflowing("b"))
+    with pytest.raises(DataError, match="the prompt 'b': its embedding is not finite"):
+        build(mixed_rows())
+    monkeypatch.setattr(adapter, "encode_prompts", original)
+    fixed = build(mixed_rows())
+    assert fixed.example(1, (0, 1))["conditioning"]["prompt_embeds"].isfinite().all()
+    empty = {name: torch.full_like(tensor, torch.nan) for name, tensor in adapter.unconditional().items()}
+    monkeypatch.setattr(adapter, "unconditional", lambda: empty)
+    with pytest.raises(DataError, match="the empty prompt: its embedding is not finite"):
+        build(mixed_rows(), folder="elsewhere")
+
+
 def test_images_that_cannot_be_used_name_the_row(build: Build) -> None:
     rows = mixed_rows()
     rows[2]["images"][1] = rows[2]["images"][1][:-40]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffalign.data import load_preferences, write_preferences
+from diffalign.data import load_preferences, select_pairs, soften, write_preferences
 from diffalign.errors import ConfigError, DataError
 
 from .conftest import Rows, picture, png
@@ -122,6 +122,78 @@ def test_a_changed_picture_changes_the_fingerprint_of_an_image_folder(tmp_path: 
     first = load_preferences(tmp_path)
     (tmp_path / named[0]["images"][0]).write_bytes(png(99, 16, 16))
     assert load_preferences(tmp_path).fingerprint != first.fingerprint
+
+
+LINE_ENDS = "one\u2028two\u2029three\u0085four\x0bfive"
+
+
+def test_only_line_feeds_end_a_row_of_jsonl(tmp_path: Path, make_rows: Callable[..., Rows]) -> None:
+    named = image_folder(tmp_path, make_rows(2))
+    named[0]["prompt"] = LINE_ENDS
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in named)
+    (tmp_path / "metadata.jsonl").write_bytes(lines.encode())
+    assert [row.prompt for row in load_preferences(tmp_path)] == [LINE_ENDS, "prompt 1"]
+
+
+def test_a_quoted_cell_of_a_csv_keeps_its_line_ends(tmp_path: Path, make_rows: Callable[..., Rows]) -> None:
+    named = image_folder(tmp_path, make_rows(2))
+    named[0]["prompt"] = LINE_ENDS + "\r\nsix\nseven"
+    with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "images", "preference"])
+        writer.writerows([row["prompt"], ";".join(row["images"]), "1;0"] for row in named)
+    assert [row.prompt for row in load_preferences(tmp_path)] == [named[0]["prompt"], "prompt 1"]
+    (tmp_path / "metadata.csv").write_text("prompt,images,preference\n" + "x" * 200_000 + ",a.png;b.png,1;0\n")
+    with pytest.raises(DataError, match="metadata.csv: cannot be read as a table"):
+        load_preferences(tmp_path)
+
+
+# --- pictures named by path ------------------------------------------------------------------------------------
+
+
+def path_only(paths: list[Path | str], **cells: object) -> datasets.Dataset:
+    images = [{"bytes": None, "path": str(path)} for path in paths]
+    return datasets.Dataset.from_list([{"prompt": "p", "images": images, "rank": [1, 2], **cells}])
+
+
+def test_a_table_names_pictures_in_its_own_folder_alone(tmp_path: Path) -> None:
+    """A downloaded table must not pull a private picture into what is made of it."""
+    folder, private = tmp_path / "table", tmp_path / "private.png"
+    folder.mkdir()
+    for path in (private, folder / "a.png", folder / "b.png"):
+        picture(len(path.name)).save(path)
+    path_only(["a.png", folder / "b.png"]).to_parquet(folder / "inside.parquet")
+    assert load_preferences(folder / "inside.parquet")[0].images[1].size == (32, 32)
+    path_only(["a.png", private]).to_parquet(folder / "outside.parquet")
+    path_only(["a.png", "../private.png"]).save_to_disk(str(tmp_path / "saved"))
+    pickapic = {"caption": "p", "jpg_0": str(private), "jpg_1": str(folder / "a.png"), "label_0": 1.0}
+    (tmp_path / "pairs").mkdir()
+    pq.write_table(pa.Table.from_pylist([pickapic]), tmp_path / "pairs" / "train.parquet")
+    for source in (folder / "outside.parquet", tmp_path / "saved", tmp_path / "pairs"):
+        with pytest.raises(DataError, match=r"row 0, (images\[1\]|jpg_0): .*private.png lies outside"):
+            _ = load_preferences(source)[0]
+    assert load_preferences(path_only([private, private]))[0].images[0].size == (32, 32)  # one's own rows in memory
+
+
+def test_a_hub_table_names_pictures_where_they_were_downloaded_to(tmp_path: Path, monkeypatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def no_ranges(*arguments: object, **options: object) -> None:
+        raise EntryNotFoundError("no score_ranges.json")
+
+    hub, downloads = tmp_path / "hub" / "datasets--me--table", tmp_path / "downloads"
+    for folder in (hub, downloads, tmp_path / "hub" / "datasets--me--other"):
+        folder.mkdir(parents=True)
+        picture(0).save(folder / "a.png")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.DOWNLOADED_DATASETS_PATH", downloads)
+    monkeypatch.setattr("diffalign.data.sources.hf_hub_download", no_ranges)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: path_only([hub / "a.png", downloads / "a.png"]))
+    assert len(load_preferences("me/table")[0].images) == 2
+    other = tmp_path / "hub" / "datasets--me--other" / "a.png"
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: path_only([hub / "a.png", other]))
+    with pytest.raises(DataError, match=r"me/table, row 0, images\[1\]: .* lies outside"):
+        _ = load_preferences("me/table")[0]
 
 
 # --- Pick-a-Pic ------------------------------------------------------------------------------------------------
@@ -279,3 +351,27 @@ def test_shuffled_preferences_keep_everything_but_who_won(make_rows: Callable[..
     other = dataset.with_shuffled_preferences(seed=1)
     ranks = [[d.rank(i) for i in range(64)] for d in (shuffled, again, other)]
     assert ranks[0] == ranks[1] != ranks[2]
+
+
+def test_shuffled_preferences_take_the_scores_along(make_rows: Callable[..., Rows]) -> None:
+    """Soft labels by scores would otherwise keep the signal that the control is to lose."""
+    rows = make_rows(64)
+    for row in rows:
+        row["images"].append(png(99))
+        row["preference"] = [1.0, 0.5, 0.0]
+        row["scores"] = {"clip": [1.0, 0.5, 0.0]}
+    once = load_preferences(rows).with_shuffled_preferences(seed=0)
+    for shuffled in (once, once.select(range(63, -1, -1)), once.with_shuffled_preferences(seed=1)):
+        for i in range(64):
+            assert shuffled.scores(i)["clip"] == shuffled.preference(i) == shuffled[i].scores["clip"]
+        soft, counts = soften(select_pairs(shuffled)[0], shuffled, "clip", (0.0, 1.0), contradiction="follow_scores")
+        assert counts == {"score_missing": 0, "contradictions": 0}
+        wins = [sum(example.candidates[0] == candidate for example in soft) for candidate in range(3)]
+        assert all(10 < count < 34 for count in wins)
+
+
+def test_rows_are_selected_from_the_end_too(make_rows: Callable[..., Rows]) -> None:
+    dataset = load_preferences(make_rows(3))
+    assert dataset.select([-1])[0].prompt == "prompt 2" and dataset.select([-1]).rank(0) == [1, 2]
+    with pytest.raises(IndexError):
+        dataset.select([3])

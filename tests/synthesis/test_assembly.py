@@ -6,9 +6,10 @@ import statistics
 
 import pytest
 
-from diffalign.synthesis.assembly import _verdicts, assemble
+from diffalign.synthesis.assembly import assemble, rank_row
 from diffalign.synthesis.candidates import Candidate, Row
 from diffalign.synthesis.config import RankingConfig
+from diffalign.synthesis.ranking import verdicts
 from diffalign.synthesis.report import _models, _report, _sum
 
 NAN = float("nan")
@@ -64,7 +65,7 @@ def test_pipelines(report):
 
 
 def test_a_judges_verdict_is_one_whatever_ties_its_scores_have_and_outlives_a_row_set_aside():
-    assert _verdicts([0.5, 0.5], [0.6], tie=0.2) == [1] and _verdicts([0.6, 0.5], tie=0.2) == [0]
+    assert verdicts([0.5, 0.5], [0.6], tie=0.2) == [1] and verdicts([0.6, 0.5], tie=0.2) == [0]
     row = Row("p", [candidate("a", 0), candidate("b", 9)], {"judge": [0.9, 0.1], "blind": [NAN, NAN]}, {"judge": [0.9]})
     models = ["judge", "blind"]
     made = assemble([row], RankingConfig(reward_models=models, output_dir="out", missing="skip_row"), {})
@@ -86,3 +87,19 @@ def test_agreement_counts_pairs_that_both_decide(report):
     assert report["agreement"]["first | second"] == 3 / 4
     assert report["agreement"]["first | unseen"] == (2 + 1) / 4
     assert report["contradiction"] == {"first": 0.0, "second": 0.0, "unseen": 1 / 3}  # a tied ranking decides nothing
+
+
+def test_a_model_without_weight_ranks_nothing_where_all_others_are_silent():
+    row = Row("p", [candidate("a", 0), candidate("b", 9)], {"voter": [NAN, 1.0], "weightless": [1.0, 0.0]})
+    models = [{"model": "voter"}, {"model": "weightless", "weight": 0.0}]
+    for rank_by in ("votes", "weighted_sum"):
+        config = RankingConfig(reward_models=models, output_dir="out", rank_by=rank_by)
+        assert rank_row(row, config, {}) == "missing scores of voter (rule skip_model)"
+
+
+def test_nobody_waits_for_a_model_without_weight():
+    row = Row("p", [candidate("a", 0), candidate("b", 9)], {"voter": [0.0, 1.0], "weightless": [NAN, 0.0]})
+    models = [{"model": "voter"}, {"model": "weightless", "weight": 0.0}]
+    for rank_by in ("votes", "weighted_sum"):
+        config = RankingConfig(reward_models=models, output_dir="out", rank_by=rank_by, missing="skip_row")
+        assert rank_row(row, config, {}).rank == [2, 1]

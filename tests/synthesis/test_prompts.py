@@ -120,3 +120,15 @@ def test_normalising_keeps_what_means_something():
     assert normalise("  a\u00a0 b\u2028c\r\n") == "a b c"
     assert normalise(RTL) == RTL
     assert normalise("\x00 a \x07 b \x1b") == "a b"  # nor does a control character leave its spaces behind
+
+
+def test_only_line_feeds_end_a_prompt_of_an_evaluation_file(tmp_path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "p.jsonl").write_text(json.dumps(text, ensure_ascii=False) + "\r\n" + json.dumps("a cat"), "utf-8")
+    (tmp_path / "p.txt").write_text(text + "\na cat\n", "utf-8")
+    entry = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": text}
+    (tmp_path / "geneval.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n", "utf-8")
+    for source in ("p.jsonl", "p.txt"):
+        assert read_prompts(str(tmp_path / source)) == ["one two three", "a cat"]
+    assert read_prompts(f"geneval:{tmp_path / 'geneval.jsonl'}") == ["one two three"]
+    assert read_prompts(f"t2i-compbench:{tmp_path / 'p.txt'}") == ["one two three", "a cat"]

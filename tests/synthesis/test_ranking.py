@@ -119,3 +119,13 @@ def test_weighted_sums_and_given_orders():
     assert rank_by_sum({"a": [5.0, 0.0], "b": [NAN, 1.0]}, voters).voters == ("a",)
     assert rank_by_sum({"a": [5.0, 0.0], "b": [NAN, 1.0]}, voters, missing="skip_row") is None
     assert rank_by_given([0.0, 1.0, 1.0]).preference == [0.0, 0.5, 0.5]
+
+
+def test_sums_that_no_float_holds_still_tie_exactly():
+    voters = {"a": Voter(weight=0.1), "b": Voter(weight=0.3)}
+    assert rank_by_sum({"a": [3.0, 0.0], "b": [0.0, 1.0]}, voters).rank == [1, 1]  # in floats 0.3 < 0.1 * 3
+
+
+def test_a_negative_weight_turns_a_score_around_in_a_sum():
+    voters = {"quality": Voter(weight=1.0), "nudity": Voter(weight=-2.0)}
+    assert rank_by_sum({"quality": [1.0, 0.5], "nudity": [1.0, 0.0]}, voters).rank == [2, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffalign.data import load_preferences, select_pairs, write_pickapic
+from diffalign.data import FEATURES, load_preferences, select_pairs, write_pickapic, write_preferences
+from diffalign.data.schema import write_parquet
 from diffalign.errors import ConfigError, DataError
 from diffalign.synthesis.card import push_table
 from diffalign.synthesis.config import RerankConfig, parse
 from diffalign.synthesis.export import export_folder, export_webdataset
-from diffalign.synthesis.rerank import rerank
+from diffalign.synthesis.rerank import StoredRows, rerank
 from diffalign.synthesis.run import generate
+from diffalign.synthesis.store import SET_ASIDE
+from tests.data.conftest import png
 from tests.synthesis.conftest import JUDGES, table_bytes
+from tests.synthesis.judges import red
 
 
 def reranked(table, folder, **changes):
@@ -76,6 +81,95 @@ def test_delta_learning_ranks_by_pipelines(clean, tmp_path):
         )
 
 
+def test_another_table_in_the_same_place_is_noticed(clean, own_clean, tmp_path):
+    """As many rows, other pictures: what was made of the first must not be taken for what is made of the second."""
+    models, source = [{"model": "red"}], Path(own_clean.output_dir)
+    reranked(source, tmp_path / "t", reward_models=models)
+    reranked(source, tmp_path / "t", reward_models=models)
+    other = [{"model": "spread"}]
+    reranked(clean[0].output_dir, tmp_path / "other", reward_models=other)
+    shutil.rmtree(source)
+    shutil.copytree(tmp_path / "other", source)
+    with pytest.raises(ConfigError, match="other settings .table_digest: "):
+        reranked(source, tmp_path / "t", reward_models=models)
+
+
+def test_another_foreign_table_in_the_same_place_is_noticed(tmp_path):
+    for seeds in ((0, 1), (2, 3)):
+        shutil.rmtree(tmp_path / "table", ignore_errors=True)
+        images = [png(seed) for seed in seeds]
+        write_preferences([{"prompt": "p", "images": images, "scores": {"red": [1.0, 2.0]}}], tmp_path / "table")
+        if seeds == (0, 1):
+            reranked(tmp_path / "table", tmp_path / "t", reward_models=["red"])
+    with pytest.raises(ConfigError, match="other settings .table_digest: "):
+        reranked(tmp_path / "table", tmp_path / "t", reward_models=["red"])
+
+
+def test_rows_set_aside_are_read_anew_after_they_were_written_anew(tmp_path):
+    prompts, digests = [], []
+    write_preferences([{"prompt": "p", "images": [png(0), png(1)], "rank": [1, 2]}], tmp_path)
+    for prompt in ("first", "second"):
+        images = [{"bytes": png(seed), "path": None} for seed in (2, 3)]
+        cells = {"prompt": prompt, "images": images, "problems": ["", ""], "reason": "missing scores"}
+        write_parquet([dict.fromkeys(SET_ASIDE) | cells], tmp_path / "set_aside" / "0.parquet", SET_ASIDE)
+        rows = StoredRows(str(tmp_path))
+        prompts.append(rows[1].prompt)
+        digests.append(rows.digest())
+    assert prompts == ["first", "second"] and digests[0] != digests[1]
+
+
+def test_rows_set_aside_name_no_pictures_of_elsewhere(tmp_path):
+    write_preferences([{"prompt": "p", "images": [png(0), png(1)], "rank": [1, 2]}], tmp_path / "table")
+    (tmp_path / "private.png").write_bytes(png(2))
+    images = [{"bytes": None, "path": str(tmp_path / "private.png")}] * 2
+    cells = {"prompt": "p", "images": images, "problems": ["", ""], "reason": "missing scores"}
+    aside = tmp_path / "table" / "set_aside" / "0.parquet"
+    write_parquet([dict.fromkeys(SET_ASIDE) | cells], aside, SET_ASIDE)
+    with pytest.raises(DataError, match="private.png lies outside"):
+        StoredRows(str(tmp_path / "table"))[1]
+
+
+def test_a_model_is_asked_about_the_rows_that_lack_its_scores_alone(tmp_path):
+    table = [
+        {"prompt": "p", "images": [png(0), png(1)], "scores": {"red": [5.0, 7.0], "kept": [0.0, 1.0]}},
+        {"prompt": "q", "images": [png(2), png(3)], "scores": {"kept": [0.0, 1.0], "late": [1.0, 0.0]}},
+    ]
+    for row in table:
+        row["rank"] = [1, 2]
+    write_preferences(table, tmp_path / "table")
+    assert StoredRows(str(tmp_path / "table")).score_names() == ["red", "kept", "late"]
+    models = [{"name": "red", "model": JUDGES + "red"}, {"name": "green", "model": JUDGES + "GreenJudge"}, "kept"]
+    _, (first, second) = reranked(tmp_path / "table", tmp_path / "t", reward_models=models, prompts_per_shard=1)
+    assert first.scores["red"] == [5.0, 7.0]
+    assert second.scores["red"] == pytest.approx(red(second.images, []))
+    assert second.scores["kept"] == [0.0, 1.0] and second.scores["late"] == [1.0, 0.0]
+
+
+def test_a_table_ranked_again_says_who_drew_and_judged_it(clean, tmp_path, caplog):
+    source = json.loads((Path(clean[0].output_dir) / "manifest.json").read_text())
+    report, _ = reranked(clean[0].output_dir, tmp_path / "t", reward_models=["red"])
+    assert (report["hold_outs"], report["reward_models"]["spread"]["votes"]) == (["spread"], False)
+    reranked(tmp_path / "t", tmp_path / "u", reward_models=["spread"])
+    for folder in (tmp_path / "t", tmp_path / "u"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert all(manifest[key] == source[key] for key in ("pipelines", "seed", "reward_models"))
+        card = (folder / "README.md").read_text()
+        assert "| one | painter0 |" in card and "Diversity:" not in card
+    assert not caplog.records
+
+
+def test_scores_of_two_models_under_one_name_are_warned_of(clean, tmp_path, caplog):
+    folder = tmp_path / "table"
+    shutil.copytree(clean[0].output_dir, folder)
+    first, *others = sorted(folder.glob("train-*.parquet"))
+    rows = pq.read_table(first).to_pylist()
+    for row in rows:
+        row["scores"] = [entry for entry in row["scores"] if entry["name"] != "spread"]
+    write_parquet(rows, first, FEATURES)
+    reranked(folder, tmp_path / "t", reward_models=[{"name": "spread", "model": JUDGES + "red"}])
+    assert "some rows keep scores of another model" in caplog.text and "rescore=[spread]" in caplog.text
+
+
 # --- other programs ----------------------------------------------------------------------------------------------
 
 
@@ -112,6 +206,20 @@ def test_an_image_folder_loads_again(clean, tmp_path):
         )  # fmt: skip
     with pytest.raises(DataError, match="there already"):
         export_folder(dataset, tmp_path / "folder")
+
+
+def test_a_damaged_picture_ends_an_export_in_an_error_that_names_it(tmp_path):
+    rows = [{"prompt": "p", "images": [png(0), png(1)], "rank": [1, 2]}]
+    rows += [{"prompt": "q", "images": [png(0), b"garbage"], "rank": [1, 2]}]
+    for export in (export_folder, export_webdataset):
+        with pytest.raises(DataError, match=r"row 1, images\[1\]: not a readable image"):
+            export(load_preferences(rows), tmp_path / export.__name__)
+
+
+def test_prompts_with_every_kind_of_line_end_come_back_from_an_image_folder(tmp_path):
+    prompt = "one\u2028two\u2029three\u0085four\r\nfive"
+    export_folder(load_preferences([{"prompt": prompt, "images": [png(0), png(1)], "rank": [1, 2]}]), tmp_path)
+    assert [row.prompt for row in load_preferences(tmp_path)] == [prompt]
 
 
 def test_webdataset_is_read_by_datasets(clean, tmp_path):
@@ -190,6 +298,10 @@ def test_pushing_says_what_is_wrong(clean, hub, tmp_path, monkeypatch):
         push_table(tmp_path, "me/table")
     with pytest.raises(ConfigError, match="owner/name"):
         push_table(Path(clean[0].output_dir), "me/table/x")
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(ConfigError, match="the hub cannot be reached: .*The table is safe in"):
+        push_table(Path(clean[0].output_dir), "me/table")
     monkeypatch.setattr("diffalign.synthesis.card.get_token", lambda: None)
     with pytest.raises(ConfigError, match="hf auth login"):
         push_table(Path(clean[0].output_dir), "me/table")

@@ -77,10 +77,21 @@ def test_a_stored_seed_draws_the_stored_picture_again(clean, painters):
 
     row = datasets.load_dataset(clean[0].output_dir, split="train")[3]
     source = row["sources"][1]
-    pipeline = StableDiffusionPipeline.from_pretrained(source["model"])
+    assert source["model"] == "painter0"  # no folder of this machine
+    pipeline = StableDiffusionPipeline.from_pretrained(painters[0])
     generator = torch.Generator("cpu").manual_seed(source["seed"])
     again = pipeline(row["prompt"], generator=generator, num_inference_steps=1, guidance_scale=2.0).images[0]
     assert np.abs(np.asarray(again, dtype=int) - np.asarray(row["images"][1], dtype=int)).max() <= 1
+
+
+def test_no_folder_of_this_machine_is_published(clean, painters):
+    folder = Path(clean[0].output_dir)
+    written = [folder / name for name in ("manifest.json", "generation_report.json", "README.md")]
+    tables = [row for file in folder.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    text = "".join(file.read_text() for file in written) + repr(tables)
+    assert '"model": "painter0"' in text and "'model': 'painter1'" in text
+    assert not any(str(Path(painter).parent) in text for painter in painters)
+    assert painters[0] in (folder / "settings.json").read_text()  # never uploaded; it tells runs apart
 
 
 def test_the_card_has_a_header_that_the_hub_reads(clean):
@@ -481,6 +492,7 @@ def test_lora_pipelines_and_the_policy_of_a_run(settings, painters, tmp_path):
     assert (config.pipelines[1].model, config.pipelines[1].images) == (painters[0], 2)
     report = generate(config)
     assert set(report["by_pipeline"]) == {"base", "policy"}
+    assert report["pipelines"]["policy"]["model"] == "painter0 + dpo"
     assert report["by_pipeline"]["base"]["mean_scores"] != report["by_pipeline"]["policy"]["mean_scores"]
     with pytest.raises(ConfigError, match="named 'policy' already"):
         with_policy(config, run)

@@ -9,6 +9,7 @@ from diffalign.synthesis.config import (
     GenerationConfig,
     PipelineSpec,
     RewardSpec,
+    apply_override,
     describe,
     dump,
     examples,
@@ -31,6 +32,33 @@ def test_overrides_reach_parts_by_name_and_number():
     )
     assert (config.seed, config.pipelines[0].steps, config.pipelines[1].guidance) == (3, 4, 1.0)
     assert config.scorers["shapes"].weight == 2
+
+
+def test_overrides_reach_names_with_dots():
+    overrides = ["pipelines.sd3.5-medium.steps=3", "reward_models.hpsv2.1.weight=2"]
+    config = load_generation("sdxl-synpic", overrides)
+    assert (config.artists["sd3.5-medium"].steps, config.scorers["hpsv2.1"].weight) == (3, 2.0)
+    derived = [
+        "pipelines=[a/sd-1.4, my/weights.v2.safetensors]",
+        "pipelines.sd-1.4.steps=3",
+        "pipelines.weights.v2.steps=4",
+    ]
+    config = load_generation("sdxl-synpic", derived)
+    assert [spec.steps for spec in config.artists.values()] == [3, 4]
+    values = {"pipeline_weights": {"sdxl": 0.0}}
+    for override in ("pipeline_weights.sd3.5-medium=1", "pipeline_weights.sdxl=2"):
+        apply_override(values, override)
+    assert values == {"pipeline_weights": {"sdxl": 2, "sd3.5-medium": 1}}
+
+
+@pytest.mark.parametrize("part", ["family: clip", "tie: 0.1"])
+def test_what_a_weighted_sum_would_ignore_is_refused(part):
+    judges = "reward_models=[{model: shapes, weight: -1.0, %s}]"
+    assert (
+        load_generation("shapes-synpic", ["rank_by=weighted_sum", judges % "votes: true"]).scorers["shapes"].weight < 0
+    )
+    with pytest.raises(ConfigError, match="family and tie have no effect on rank_by=weighted_sum"):
+        load_generation("shapes-synpic", ["rank_by=weighted_sum", judges % part])
 
 
 @pytest.mark.parametrize(
@@ -56,6 +84,8 @@ def test_overrides_reach_parts_by_name_and_number():
         ("reward_models.0.weight=-1", "weight: a share of the votes, at least 0"),
         ("diversity=shape", "none of reward_models; did you mean 'shapes'"),
         ("nonsense", "expected key=value"),
+        ("pipelines.=[]", "expected key=value"),
+        ("pipelines.base.steps.x=1", "no 'steps' with parts"),
     ],
 )
 def test_mistakes_are_named(override, word):
