@@ -50,13 +50,21 @@ class Arm:
 
 # The judge alone moves a preference by 0.25 / 2.25 = 0.11 at most. A right picture leads a wrong one by
 # 2 / 2.25 / 3 = 0.30 or more, by 0.19 where the judge would have it the other way round.
-# Lists of 4 instead of 6: 8 of them are 32 pictures a step, as 5 of 6 are 30.
+# Lists of 4 instead of 6: 8 of them are 32 pictures a step, as 5 of 6 are 30. The recipes' 500 steps visit each list of
+# the small set eight times; of this table that takes 1000, which one arm gives the small set too.
+LONG = ("max_steps=1000",)
+TABLE = ("min_margin=0.12", *LONG)
 ARMS = {
     "quickstart": Arm("DPO, the quickstart's set", "shapes-dpo", "quickstart/preferences"),
     "rankdpo-small": Arm("RankDPO, the quickstart's set", "shapes-rankdpo", "quickstart/preferences"),
-    "dpo": Arm("DPO, this table", "shapes-dpo", "table", ("min_margin=0.12",), "quickstart"),
-    "rankdpo": Arm(
-        "RankDPO, this table", "shapes-rankdpo", "table", ("min_margin=0.12", "batch_size=8"), "rankdpo-small"
+    "rankdpo": Arm("RankDPO, this table", "shapes-rankdpo", "table", (*TABLE, "batch_size=8"), "rankdpo-small"),
+    "dpo": Arm("DPO, this table", "shapes-dpo", "table", TABLE, "quickstart"),
+    "rankdpo-small-long": Arm(
+        "RankDPO, the quickstart's set, twice the steps",
+        "shapes-rankdpo",
+        "quickstart/preferences",
+        LONG,
+        "rankdpo-small",
     ),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config_values import as_yaml, default_of, fields_of, listed, nearest, typed
 from .errors import ConfigError
-from .trainers.config import NoiseLevelConfig, PreferenceConfig, PrefGRPOConfig, TrainingConfig
+from .trainers.config import DPOConfig, NoiseLevelConfig, PreferenceConfig, PrefGRPOConfig, TrainingConfig
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -24,7 +24,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "min_timestep", "max_timestep"), _NOT_NEGATIVE),
     **dict.fromkeys(("timesteps", "validation_guidance"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay"), _SHARE),
-    **dict.fromkeys(("min_margin", "caption_dropout", "label_smoothing", "target_gradient_factor"), _SHARE),
+    **dict.fromkeys(("min_margin", "caption_dropout", "label_smoothing"), _SHARE),
     **dict.fromkeys(("images_per_pass", "precompute_reference", "draws_per_row", "max_prompt_tokens"), _COUNT),
     **dict.fromkeys(("matching_draws", "inversion_buckets"), _COUNT),
     **dict.fromkeys(("density_std", "gamma", "kappa", "margin_scale", "exponent", "log_base"), _POSITIVE),
@@ -37,7 +37,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(("advantage_clip", "reward_timeout", "clip_range", "noise_level"), _POSITIVE),
     "timestep_fraction": (0, 1, False),
     **dict.fromkeys(("truncation_steps",), _COUNT),
-    **dict.fromkeys(("huber_c",), _POSITIVE),
+    **dict.fromkeys(("huber_c", "target_gradient_factor"), _POSITIVE),
     **dict.fromkeys(("negative_share", "teacher_decay"), _SHARE),
 }
 BELOW_ONE = ("adam_beta1", "adam_beta2", "lora_dropout", "ema_decay", "caption_dropout", "teacher_decay")
@@ -104,9 +104,11 @@ def _check_combinations(config: TrainingConfig) -> None:
         c.validate_every is None or bool(c.validation_prompts),
         f"validate_every={c.validate_every} needs validation_prompts; give a list of prompts, or validate_every=null.",
     )
+    # Autocast casts to mixed_precision alone, and leaves some layers in the precision of their weights.
     require(
-        c.adapter != "none" or c.reference_dtype == "same" or c.mixed_precision != "no",
-        f"reference_dtype={c.reference_dtype} needs autocast: set mixed_precision, or reference_dtype=same.",
+        c.adapter != "none" or c.reference_dtype in ("same", c.mixed_precision),
+        f"reference_dtype={c.reference_dtype} needs mixed_precision={c.reference_dtype}, not {c.mixed_precision}: "
+        "make them equal, or set reference_dtype=same.",
     )
     if isinstance(c, NoiseLevelConfig):
         require(
@@ -115,6 +117,8 @@ def _check_combinations(config: TrainingConfig) -> None:
         )
     if isinstance(c, PreferenceConfig):
         _check_preference_combinations(c)
+    if isinstance(c, DPOConfig):
+        _check_dpo_combinations(c)
     if isinstance(c, PrefGRPOConfig):
         _check_grpo_combinations(c)
 
@@ -162,6 +166,22 @@ def _check_preference_combinations(c: PreferenceConfig) -> None:
     )
 
 
+def _check_dpo_combinations(c: DPOConfig) -> None:
+    target = c.target_gradient_factor
+    if target is None:
+        return
+    _require(
+        c.loss_type == "sigmoid",
+        f"target_gradient_factor={target} needs loss_type=sigmoid: with loss_type={c.loss_type} a learnt pair stays at "
+        "one logit whatever beta is, so that beta would run to a bound. Leave it out.",
+    )
+    _require(
+        c.smoothing == "robust" or target > c.label_smoothing,
+        f"target_gradient_factor={target} must be above label_smoothing={c.label_smoothing}, the factor at which "
+        "smoothing=conservative holds a learnt pair: beta would run to a bound. Raise the target.",
+    )
+
+
 def _check_grpo_combinations(c: PrefGRPOConfig) -> None:
     _require(
         c.objective == "sampling" or not c.shared_noise,
@@ -181,6 +201,11 @@ def _check_grpo_combinations(c: PrefGRPOConfig) -> None:
         (c.pairing == "opponents") == (c.opponents is not None),
         f"pairing={c.pairing} with opponents={as_yaml(c.opponents)}: opponents belongs to pairing=opponents and to no "
         "other.",
+    )
+    _require(
+        c.opponents is None or (c.opponents < c.group_size and c.opponents * c.group_size % 2 == 0),
+        f"opponents={as_yaml(c.opponents)} in groups of {c.group_size} is impossible: each picture has "
+        f"{c.group_size - 1} others to meet, and opponents x group_size must be even.",
     )
     _require(
         not c.reward_weights or not c.rewards or len(c.reward_weights) == len(c.rewards),

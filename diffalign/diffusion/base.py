@@ -5,6 +5,7 @@ Nothing here is ever computed in half precision: whatever comes in is cast to fp
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -58,6 +59,13 @@ class Schedule(ABC):
         """
         a, b = self._exact
         return torch.cat([a.new_ones(1), a]).to(dtype), torch.cat([b.new_zeros(1), b]).to(dtype)
+
+    @property
+    def identity(self) -> str:
+        """Hash of the noise levels, in the fp32 that is used, and of what the network returns."""
+        digest = hashlib.blake2b(self.prediction_type.encode(), digest_size=8)
+        digest.update(torch.stack(self.levels()).numpy().tobytes())
+        return digest.hexdigest()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a_t x0 + b_t eps.

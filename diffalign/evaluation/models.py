@@ -72,8 +72,11 @@ def locate(model: ModelSpec, base: str) -> tuple[str, Path | str]:
     Raises:
         CheckpointError: there is nothing that can be loaded.
     """
-    if model.negative is not None and not Path(model.negative).exists() and not is_hub_id(model.negative):
-        raise CheckpointError(f"the negative model {model.negative} of {model.name} does not exist; check the path.")
+    if model.negative is not None and not Path(model.negative).exists():
+        raise CheckpointError(
+            f"the negative model {model.negative} of {model.name} does not exist; give a path, to which a model from "
+            "the hub must be downloaded first."
+        )
     if model.path == base:
         return BASE, base
     if model.path == EMBEDDED or is_hub_id(model.path):

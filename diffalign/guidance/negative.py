@@ -62,7 +62,8 @@ def negative_guidance(
     Args:
         pipeline: holds the base. If adapters are active in it, those are the positive model.
         negative: what preference training with ``negative=true`` or Self-NPO made: the folder of a run, a LoRA, a
-            pipeline folder, what :func:`export_negative` wrote, or a loaded denoiser or pipeline.
+            pipeline folder, what :func:`export_negative` wrote, or a loaded denoiser or pipeline, also this one: that
+            is plain guidance.
         positive: the aligned model, active in the conditional branch; None takes the pipeline as it is.
         alpha: share of the positive change in the negative branch; None means 0, or what was exported. Published
             programs call 1 - alpha ``merge_weight``. If the *pipeline itself* is the aligned model, and no adapter of
@@ -161,9 +162,12 @@ def _networks(
     elif positive is not None:
         original = adapter.denoiser
         stack.callback(setattr, pipeline, adapter.denoiser_name, original)
-        setattr(pipeline, adapter.denoiser_name, _network(adapter, positive).to(original.device, original.dtype))
+        network = _network(adapter, positive).to(original.device, original.dtype)
+        stack.enter_context(_evaluating(network))
+        setattr(pipeline, adapter.denoiser_name, network)
     if second is not None:
-        return _call_of(second), lambda: None
+        stack.enter_context(_evaluating(second))
+        return _call_of(adapter, second), lambda: None
     assert negative_file is not None
     if settings.alpha:
         _require_positive(adapter, None)
@@ -195,14 +199,31 @@ def _second_network(adapter: PipelineAdapter, negative: Model, positive: Model |
     return negative_network(adapter.pipeline, negative, positive, settings)
 
 
-def _call_of(network: nn.Module) -> Any:
+def _call_of(adapter: PipelineAdapter, network: nn.Module) -> Any:
+    bare = AdapterSwitch(network, 0.0, 0.0)  # without any adapter, also such as come later
+
     def call(forward: Forward, inputs: Inputs) -> Any:
+        if network is adapter.denoiser:  # the base is its own negative: its calls are being answered here already
+            with bare.negative():
+                return forward(**inputs)
         sample: Tensor = inputs["sample"] if "sample" in inputs else inputs["hidden_states"]
         if next(network.parameters()).device != sample.device:  # the pipeline was moved, or is offloaded by parts
             network.to(sample.device)
         return network(**inputs)
 
     return call
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode; afterwards every module is in its own again, for it may be the user's."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _weights(adapter: PipelineAdapter, model: Model | None, name: str) -> Weights:
@@ -223,7 +244,7 @@ def _network(adapter: PipelineAdapter, model: Model) -> Any:
         model = adapter_for(model).denoiser
     if isinstance(model, nn.Module):
         names = active_adapters(model)
-        return network_of(model, merged_weights(model, names)) if names else model.eval()
+        return network_of(model, merged_weights(model, names)) if names else model
     folder = Path(model) if (Path(model) / EXPORT_FILE).is_file() else find_weights(model)[1]
     try:
         loaded = type(like).from_pretrained(folder, subfolder=adapter.denoiser_name, dtype=like.dtype)

@@ -24,6 +24,9 @@ class AdaptiveBeta:
     are ranked correctly the factor falls with log beta, by at most 0.224 per unit: with the default rate and
     smoothing the loop settles without overshoot.
 
+    This is about the sigmoid loss: the minimum of IPO and hinge is a logit of its own, which no beta moves, and beta
+    would run to a bound. So it would with a target that conservative label smoothing keeps out of reach.
+
     Lowering beta takes away what holds the policy to its reference: ``minimum`` is the brake, and a run that stays
     there has learnt its pairs. Implicit rewards scale with beta, so log it with them.
 

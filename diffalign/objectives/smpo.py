@@ -59,7 +59,7 @@ def smpo_loss(
     return LossOutput(pair_loss(logit), {**stats, "weights/pair": weight.detach()})
 
 
-def soft_probability(score_difference: Tensor, score_range: float, *, contradiction: str = "follow_scores") -> Tensor:
+def soft_probability(score_difference: Tensor, score_range: float, *, contradiction: str = "undecided") -> Tensor:
     """Probability that the winner is the better image, from reward scores: sigmoid(difference / range).
 
     Scores and range may be shifted and scaled together without effect. With gamma = 10 the weight in
@@ -69,8 +69,8 @@ def soft_probability(score_difference: Tensor, score_range: float, *, contradict
         score_difference: (B,) score of the winner minus that of the loser, any reward model.
         score_range: R_max - R_min of that reward model over the data set, > 0. A property of the data: another reward
             model or data set has another range.
-        contradiction: what a pair gets whose loser has the higher score: ``follow_scores`` keeps p < 1/2, which trains
-            the pair swapped, as the scores say; ``undecided`` raises it to 1/2, which trains nothing. To drop such
+        contradiction: what a pair gets whose loser has the higher score: ``undecided`` raises p to 1/2, which trains
+            nothing; ``follow_scores`` keeps p < 1/2, which trains the pair swapped, as the scores say. To drop such
             pairs instead, leave them out when pairs are selected (:func:`diffalign.data.soften`).
 
     Returns:

@@ -8,7 +8,9 @@ other hooks (:meth:`select_examples`, :meth:`noised`, :meth:`after_step`, :meth:
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ from ..randomness import keyed_seed
 from .batches import Batch, Collator, RowStream, micro_batches
 from .config import PreferenceConfig
 from .loop import TrainingLoop
+from .noise_levels import TimestepSampler
 from .passes import Passes
 from .precompute import ReferenceErrors
 
@@ -105,6 +108,9 @@ class PreferenceTrainer(TrainingLoop):
     def _encode(self, total_steps: int) -> None:
         """Fill (or find) the cache, then move the VAE and the text encoders out of the device's memory."""
         config, accelerator = self.config, self.accelerator
+        timesteps = TimestepSampler(self.schedule, config)
+        timesteps.draw(torch.Generator(), shift=1.0)  # what cannot be is refused now, not after all is encoded
+        stages = curriculum(self.examples, config.curriculum_stages) if config.curriculum_stages else ()
         self.encoded = EncodedPreferences.build(
             self.dataset,
             self.adapter,
@@ -119,10 +125,9 @@ class PreferenceTrainer(TrainingLoop):
         )
         self.adapter.offload_encoders()
         self.buckets = [(*self.encoded.bucket(example.row), len(example.candidates)) for example in self.examples]
-        stages = curriculum(self.examples, config.curriculum_stages) if config.curriculum_stages else ()
         self.stream = RowStream(self.buckets, self.global_batch, config.seed, stages=stages, total_steps=total_steps)
         self.passes = Passes(self.adapter, self.schedule, config, accelerator)
-        self.collate = Collator(self.examples, self.encoded, self.adapter, self.schedule, config, accelerator.device)
+        self.collate = Collator(self.examples, self.encoded, self.adapter, timesteps, config, accelerator.device)
 
     def data_report(self) -> dict[str, Any]:
         return {"examples": len(self.examples), "pair_counts": self.pair_counts}
@@ -135,9 +140,17 @@ class PreferenceTrainer(TrainingLoop):
         prompts = [self.encoded.prompt(prompt) for prompt in self.config.validation_prompts]
         return prompts, self.encoded.unconditional()
 
+    @cached_property
+    def _data_identity(self) -> str:
+        """Hash of what is compared and how it was judged, in the order of the examples."""
+        digest = hashlib.blake2b(digest_size=8)
+        for example in self.examples:
+            judged = [example.candidates, example.probability, example.preference]
+            digest.update(json.dumps([self.encoded.row_ids[example.row], *judged]).encode())
+        return digest.hexdigest()
+
     def _identity(self) -> dict[str, Any]:
-        rows = hashlib.blake2b("".join(self.collate.row_ids).encode(), digest_size=8).hexdigest()
-        data: dict[str, Any] = {"data": rows, "examples": len(self.examples)}
+        data: dict[str, Any] = {"data": self._data_identity, "examples": len(self.examples)}
         if self.config.negative:
             data["negative"] = True
         if self.config.curriculum_stages:  # the stages divide the length of the run

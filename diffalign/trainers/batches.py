@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..diffusion import Schedule
 from ..randomness import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
-from .noise_levels import TimestepSampler
 
 if TYPE_CHECKING:
     from ..data import EncodedPreferences, Example
     from ..pipelines import PipelineAdapter
     from .config import PreferenceConfig
+    from .noise_levels import TimestepSampler
 
 Shape = tuple[int, ...]
 
@@ -183,15 +182,14 @@ class Collator:
         examples: Sequence[Example],
         encoded: EncodedPreferences,
         adapter: PipelineAdapter,
-        schedule: Schedule,
+        timesteps: TimestepSampler,
         config: PreferenceConfig,
         device: torch.device,
     ) -> None:
         self.examples, self.encoded, self.adapter = examples, encoded, adapter
         self.draws_per_row = config.draws_per_row or config.precompute_reference
-        self.schedule, self.config, self.device = schedule, config, device
+        self.timesteps, self.config, self.device = timesteps, config, device
         self.row_ids = encoded.row_ids
-        self.timesteps = TimestepSampler(schedule, config)
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
         items = [self._item(draw) for draw in draws]

@@ -30,6 +30,7 @@ def write_checkpoint(
     save: Callable[[Path], None],
     *,
     keep: int | None,
+    after: int,
     is_main: bool = True,
     barrier: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -40,6 +41,8 @@ def write_checkpoint(
         step: optimizer steps done.
         save: writes the state into the folder it is given; called on every process, because sharded states need all.
         keep: how many checkpoints to leave, the new one included; None keeps all.
+        after: step of the checkpoint that this run wrote or continued last, 0 for none. Later ones were written before
+            an older one was continued: they are set aside as ``abandoned-<step>``, lest ``latest`` prefer them.
         is_main: whether this process renames and prunes.
         barrier: waits for all processes.
 
@@ -56,6 +59,7 @@ def write_checkpoint(
         barrier()
         if is_main:
             _seal(partial)
+            _set_aside(output_dir, after)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _sync(output_dir)
@@ -73,6 +77,18 @@ def write_checkpoint(
         for _, old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _set_aside(output_dir: Path, after: int) -> None:
+    """Rename checkpoints later than ``after`` to names that :func:`list_checkpoints` does not know."""
+    for step, path in list_checkpoints(output_dir):
+        if step > after:
+            aside, number = output_dir / f"abandoned-{step:06d}", 1
+            while aside.exists():
+                number += 1
+                aside = output_dir / f"abandoned-{step:06d}-{number}"
+            path.rename(aside)
+            log.warning("%s is later than the checkpoint that was continued; it is kept as %s", path, aside.name)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

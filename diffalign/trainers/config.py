@@ -59,7 +59,9 @@ class TrainingConfig:
     # Precision and memory
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Precision of weights at rest and of activations.")
     reference_dtype: Literal["same", "bf16", "fp16"] = option(
-        "same", "Precision of the frozen copy in full fine-tuning; `same` makes it equal the policy exactly at step 0."
+        "same",
+        "Precision of the frozen copy in full fine-tuning: `same` makes it equal the policy exactly at step 0; that of "
+        "mixed_precision halves its memory.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, far less memory.")
     channels_last: bool = option(
@@ -173,7 +175,7 @@ class DPOConfig(PreferenceConfig):
         "conservative", "What label_smoothing does: cDPO's mixture of both orders, or rDPO's unbiased estimate."
     )
     target_gradient_factor: float | None = option(
-        None, "Let beta move so that this is the mean gradient factor, below 1/2; None keeps beta."
+        None, "Let beta move so that this is the mean gradient factor, below 1/2 (`sigmoid` only); None keeps beta."
     )
     sft_weight: float = option(0.0, "Weight of the winner's own error; beta/40 is a tenth of the pull at the start.")
 
@@ -214,7 +216,9 @@ class SmPOConfig(PreferenceConfig):
         "Cut the timesteps into this many equal buckets and invert to the middle of each only, so that an image's "
         "cached inversions come again; needs sample_latents=false.",
     )
-    sft_weight: float = option(0.0, "Weight of the winner's own error; beta/40 is a tenth of the pull at the start.")
+    sft_weight: float = option(
+        0.0, "Weight of the error of the image that p says is better (none at 1/2); beta/40 is a tenth of DPO's pull."
+    )
 
 
 @dataclass(kw_only=True)

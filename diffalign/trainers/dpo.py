@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..objectives import AdaptiveBeta, LossOutput, dpo_loss, with_sft
 from .base import PreferenceTrainer
 from .batches import Batch
@@ -36,7 +38,10 @@ class DPOTrainer(PreferenceTrainer):
             label_smoothing=config.label_smoothing,
             smoothing=config.smoothing,
         )
-        return with_sft(out, policy_error, config.sft_weight) if config.sft_weight else out
+        if not config.sft_weight:
+            return out
+        p = batch.probability  # 1; 1/2 for a tie, whose images share the term: the order of a table decides nothing
+        return with_sft(out, policy_error, config.sft_weight, preference=torch.stack((p, 1 - p), 1))
 
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
         if self.adaptive is None:
@@ -51,5 +56,12 @@ class DPOTrainer(PreferenceTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.adaptive is None:
             super().load_state_dict(state)
-        else:
+            return
+        try:
             self.adaptive.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(
+                f"target_gradient_factor={self.config.target_gradient_factor} cannot continue the beta of this "
+                f"checkpoint: {error} Resume with the beta and target_gradient_factor it was written with, or train "
+                "into another output_dir."
+            ) from error

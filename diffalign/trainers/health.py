@@ -48,7 +48,10 @@ class Alarm:
 
 
 class Curves:
-    """The last values of each metric, oldest first.
+    """The last values of each metric, oldest first, and where each began.
+
+    ``start`` has the mean of each over the first ``window`` steps, once these are over: a metric that falls slowly is
+    never far below what it was a while ago.
 
     Args:
         window: optimizer steps that most alarms look back on; ``LONG`` times as many are kept.
@@ -59,12 +62,17 @@ class Curves:
         self.window = window
         self.rows: deque[dict[str, float]] = deque(maxlen=max(LONG * window, keep))
         self.first_loss: float | None = None
+        self.start: dict[str, float] = {}
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of one optimizer step."""
         self.rows.append(dict(metrics))
         if self.first_loss is None:
             self.first_loss = metrics.get("loss")
+        if not self.start and len(self.rows) == self.window:
+            names = {name for row in self.rows for name in row}
+            found = {n: [row[n] for row in self.rows if math.isfinite(row.get(n, math.nan))] for n in sorted(names)}
+            self.start = {name: fmean(values) for name, values in found.items() if values}
 
     def last(self, name: str, count: int | None = None) -> list[float]:
         """The values of the last ``count`` (or ``window``) steps; empty unless each has it and it is finite."""
@@ -141,6 +149,7 @@ class HealthMonitor:
         return {
             "rows": [dict(row) for row in self._curves.rows],
             "first_loss": self._curves.first_loss,
+            "start": dict(self._curves.start),
             "quiet": dict(self._quiet),
             "fired": self.raised,
         }
@@ -150,6 +159,7 @@ class HealthMonitor:
         self._curves = Curves(self.window, self.keep)
         self._curves.rows.extend(state["rows"])
         self._curves.first_loss = state["first_loss"]
+        self._curves.start = dict(state["start"])
         self._quiet = dict(state["quiet"])
         self.fired = [Alarm(**alarm) for alarm in state["fired"]]
 

@@ -46,6 +46,7 @@ from .validation import Validation
 
 log = logging.getLogger(__name__)
 TIMING = "time/"  # metrics that depend on the clock; kept out of metrics.jsonl
+HOLDOUT = "holdout/"  # metrics of the policy's pictures on prompts that it is not trained on
 #: How long processes wait for the one that draws validation pictures or is kept waiting by a judge. NCCL's own ten
 #: minutes would end a run on several GPUs that only takes its time.
 LONGEST_WAIT = timedelta(hours=3)
@@ -101,6 +102,9 @@ class TrainingLoop(ABC):
         self.schedule = self.adapter.noise_schedule(zero_terminal_snr=config.zero_terminal_snr)
         self.global_batch = config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         self.step = 0
+        self.seconds = 0.0  # spent on these steps, by all starts of the run
+        self.latest: dict[str, float] = {}  # metrics of the last of them
+        self.saved_step = 0  # of the checkpoint that was written or continued last
         self.report: dict[str, Any] = {}
 
     # --- what a trainer defines ----------------------------------------------------------------------------------
@@ -189,7 +193,8 @@ class TrainingLoop(ABC):
         """Run to ``max_steps``, continuing from a checkpoint where there is one; save the final weights.
 
         Returns:
-            A report: steps, seconds, pair counts, last metrics, alarms; also written to ``training_report.json``.
+            A report: steps, the seconds they took over all starts, pair counts, last metrics, alarms; also written to
+            ``training_report.json``.
 
         Raises:
             DivergenceError: a loss or gradient is not finite; a usable checkpoint of the step before is written.
@@ -198,7 +203,7 @@ class TrainingLoop(ABC):
             self.load_checkpoint(self.checkpoint)
         trackers = Trackers(self.accelerator, self.config, self.output_dir, resumed_step=self.step)
         validation = self._prepare_validation()
-        started, first = time.monotonic(), self.step
+        started = time.monotonic() - self.seconds
         bar = tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -206,19 +211,18 @@ class TrainingLoop(ABC):
             unit="step",
             disable=not (self.config.progress_bar and self.accelerator.is_main_process),
         )
-        latest: dict[str, float] = {}
         try:
             while self.step < self.total_steps:
-                latest = self.optimizer_step()
-                self._watch(latest, trackers, bar)
+                self.latest = self.optimizer_step()
+                self._watch(self.latest, trackers, bar)
                 if validation is not None and self._due(self.config.validate_every):
                     self._validate(validation, trackers)
+                self.seconds = time.monotonic() - started
                 if self._due(self.config.save_every) or self.step == self.total_steps:
                     self.save_checkpoint()
         finally:
             bar.close()
             trackers.close()
-        seconds = time.monotonic() - started
         self.report = {
             "method": self.method,
             "base_model": self.base_model,
@@ -226,9 +230,9 @@ class TrainingLoop(ABC):
             "steps": self.step,
             **self.data_report(),
             "global_batch": self.global_batch,
-            "seconds": seconds,
-            "seconds_per_step": seconds / max(1, self.step - first),
-            "metrics": latest,
+            "seconds": self.seconds,
+            "seconds_per_step": self.seconds / max(1, self.step),
+            "metrics": self.latest,
             "alarms": self.health.raised,
         }
         if self.accelerator.is_main_process:
@@ -266,9 +270,13 @@ class TrainingLoop(ABC):
         return every is not None and self.step % every == 0
 
     def _watch(self, metrics: dict[str, float], trackers: Trackers, bar: tqdm) -> None:
-        """Log the means since the last line, raise alarms, move the bar."""
+        """Log the means since the last line, raise alarms, move the bar.
+
+        Hold-out scores get a line at their own step, and the last step always has one.
+        """
         self.recent.append(metrics)
-        if trackers.due(self.step):
+        scored = any(name.startswith(HOLDOUT) for name in metrics)
+        if trackers.due(self.step) or scored or self.step == self.total_steps:
             names = {name for line in self.recent for name in line}
             lines = {name: [line[name] for line in self.recent if name in line] for name in sorted(names)}
             means = {name: math.fsum(values) / len(values) for name, values in lines.items()}
@@ -372,19 +380,23 @@ class TrainingLoop(ABC):
 
     def save_checkpoint(self) -> Path:
         """Write everything needed to continue exactly; see :mod:`diffalign.trainers.checkpoints`."""
-        return write_checkpoint(
+        path = write_checkpoint(
             self.output_dir,
             self.step,
             self._write_state,
             keep=self.config.keep_checkpoints,
+            after=self.saved_step,
             is_main=self.accelerator.is_main_process,
             barrier=self.accelerator.wait_for_everyone,
         )
+        self.saved_step = self.step
+        return path
 
     def _write_state(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder), safe_serialization=True)
         if self.accelerator.is_main_process:
             state = {"step": self.step, "identity": self._identity(), "recent": self.recent}
+            state |= {"metrics": self.latest, "seconds": self.seconds}
             state |= {"health": self.health.state_dict(), "method": self.state_dict()}
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
             (folder / "training_config.json").write_text(json.dumps(asdict(self.config), indent=1))
@@ -396,14 +408,16 @@ class TrainingLoop(ABC):
             CheckpointError: it was made with another reference, data, method or batch, each named.
         """
         state = json.loads((folder / "trainer_state.json").read_text())
-        for name, value in self._identity().items():
-            if state["identity"].get(name) != value:
-                raise CheckpointError(
-                    f"{folder} belongs to another run: its {name} is {state['identity'].get(name)!r}, this run's is "
-                    f"{value!r}. Resume with the same {name}, or train into another output_dir."
-                )
+        theirs, mine = state["identity"], self._identity()
+        if wrong := [name for name in theirs | mine if theirs.get(name) != mine.get(name)]:
+            differences = "; ".join(f"its {n} is {theirs.get(n)!r}, this run's is {mine.get(n)!r}" for n in wrong)
+            raise CheckpointError(
+                f"{folder} belongs to another run: {differences}. Resume with the same {', '.join(wrong)}, or train "
+                "into another output_dir."
+            )
         self.accelerator.load_state(str(folder))
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
+        self.latest, self.seconds = state["metrics"], state["seconds"]
         self.recent = state["recent"]
         self.health.load_state_dict(state["health"])
         self.load_state_dict(state["method"])

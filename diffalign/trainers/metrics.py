@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ class MetricAccumulator:
             raise ValueError(f"buckets must lie in 0..num_timesteps; got {buckets} of {num_timesteps}.")
         self.num_timesteps, self.buckets, self.bucketed = num_timesteps, buckets, tuple(bucketed)
         self._pending: list[tuple[tuple[str, ...], Tensor, Tensor]] = []
-        self._loaded: Rows = {}
 
     def add(self, values: Mapping[str, Tensor], timesteps: Tensor) -> None:
         """Take in one micro-batch.
@@ -70,22 +69,9 @@ class MetricAccumulator:
         rows = _merge(_gather(self._take(), accelerator))
         return {name: _mean(rows[name]) for name in sorted(rows)}
 
-    def state_dict(self, accelerator: Accelerator | None = None) -> dict[str, Any]:
-        """Rows not yet reduced, those of all processes; every process must call it."""
-        self._loaded = self._take()
-        return {"rows": _merge(_gather(self._loaded, accelerator))}
-
-    def load_state_dict(self, state: Mapping[str, Any], accelerator: Accelerator | None = None) -> None:
-        """Take rows back, on the main process only: a mean over all processes needs each row once."""
-        self._pending = []
-        main = accelerator is None or accelerator.is_main_process
-        self._loaded = {name: list(values) for name, values in state["rows"].items()} if main else {}
-
     def _take(self) -> Rows:
         """This process's rows by final name, on the CPU; empties the accumulator."""
         rows: defaultdict[str, list[float]] = defaultdict(list)
-        for name, numbers in self._loaded.items():
-            rows[name] += numbers
         for names, stacked, timesteps in self._pending:
             steps = timesteps.tolist()
             for name, numbers in zip(names, stacked.cpu().double().tolist(), strict=True):
@@ -93,7 +79,7 @@ class MetricAccumulator:
                 if self.buckets and name in self.bucketed:
                     for step, number in zip(steps, numbers, strict=True):
                         rows[f"timesteps/{self._bucket(step)}/{name}"].append(number)
-        self._pending, self._loaded = [], {}
+        self._pending = []
         return dict(rows)
 
     def _bucket(self, timestep: int) -> str:

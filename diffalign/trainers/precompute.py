@@ -91,7 +91,7 @@ def _compute(
     trainer: PreferenceTrainer, lists: list[Example], place: dict[tuple[int, int], int], draws_per_row: int
 ) -> Tensor:
     accelerator, config = trainer.accelerator, trainer.config
-    collate = Collator(lists, trainer.encoded, trainer.adapter, trainer.schedule, config, accelerator.device)
+    collate = Collator(lists, trainer.encoded, trainer.adapter, trainer.collate.timesteps, config, accelerator.device)
     shapes = [(*trainer.encoded.bucket(item.row), len(item.candidates)) for item in lists]
     own = range(accelerator.process_index, len(lists), accelerator.num_processes)
     draws = [Draw(i, visit) for visit in range(draws_per_row) for i in own]
@@ -117,6 +117,9 @@ def _identity(trainer: PreferenceTrainer, place: dict[tuple[int, int], int]) -> 
     settings = {name: value for name, value in asdict(trainer.config).items() if name not in WITHOUT_EFFECT}
     known = [trainer.reference.identity, trainer.adapter.encoder_identity(), settings, trainer.encoded.row_ids]
     known += [trainer.method, [list(key) for key in place]]
+    # of the scheduler: what noise a timestep means, and by its shift which timesteps are drawn
+    sizes = sorted({bucket[:2] for bucket in trainer.buckets})
+    known += [trainer.schedule.identity, [(size, trainer.adapter.time_shift(size)) for size in sizes]]
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +18,24 @@ from ..errors import ConfigError
 from ..randomness import keyed_normal, keyed_seed, keyed_uniform
 from .batches import Draw, RowStream
 from .config import SelfNPOConfig
-from .loop import TrainingLoop
 from .policy import DTYPES
-from .prompts import EncodedPrompts, Prompts, load_prompts
+from .prompt_loop import PromptLoop
 
 
-class SelfNPOTrainer(TrainingLoop):
+class SelfNPOTrainer(PromptLoop):
     """Truncated diffusion fine-tuning (Self-NPO, arXiv:2505.11777): prompts only, neither images nor preferences.
 
     The result is no better model but a negative one, for :func:`diffalign.guidance.negative_guidance`. See
     :mod:`diffalign.diffusion.truncated` for what a step does, and docs/methods/selfnpo.md for what to expect.
 
     Args:
-        pipeline, config, accelerator, base_model: see :class:`TrainingLoop`.
+        pipeline, config, accelerator, base_model: see :class:`.loop.TrainingLoop`.
         train_dataset: prompts, or what :func:`diffalign.trainers.prompts.load_prompts` accepts.
     """
 
     method = "selfnpo"
     config_class = SelfNPOConfig
     config: SelfNPOConfig
-    dataset: Prompts
 
     def __init__(
         self,
@@ -57,15 +54,7 @@ class SelfNPOTrainer(TrainingLoop):
                 f"expected min_timestep <= max_timestep and max_timestep in 1..{last}; got min_timestep="
                 f"{config.min_timestep} and max_timestep={self.highest}."
             )
-        self.encoded = EncodedPrompts.build(
-            [*self.dataset.texts, *config.validation_prompts],
-            self.adapter,
-            Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache",
-            self.accelerator,
-            batch_size=config.encode_batch_size,
-            progress=config.progress_bar and self.accelerator.is_main_process,
-        )
-        self.adapter.offload_encoders()
+        self.encode(self.dataset.texts)
         self.stream = RowStream([(1,)] * len(self.dataset), self.global_batch, config.seed)
         edge = self.adapter.square_edge(config.resolution)
         cells = edge // self.adapter.vae_scale_factor
@@ -79,22 +68,8 @@ class SelfNPOTrainer(TrainingLoop):
             self.average = MovingTeacher(self.denoiser, self.parameters, decay)
             self.accelerator.register_for_checkpointing(self.average)
 
-    @staticmethod
-    def load_dataset(source: Any, **options: Any) -> Prompts:
-        return load_prompts(source, **options)
-
-    def data_report(self) -> dict[str, Any]:
-        return {"examples": len(self.dataset)}
-
-    @property
-    def data_name(self) -> str:
-        return self.dataset.name
-
-    def validation_embeddings(self) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        return [self.encoded.prompt(text) for text in self.config.validation_prompts], self.encoded.unconditional()
-
     def _identity(self) -> dict[str, Any]:
-        return super()._identity() | {"data": self.dataset.identity, "teacher": self.config.teacher}
+        return super()._identity() | {"teacher": self.config.teacher}
 
     # --- a step --------------------------------------------------------------------------------------------------
 

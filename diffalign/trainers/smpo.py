@@ -69,16 +69,18 @@ class SmPOTrainer(PreferenceTrainer):
             return batch
         batch = replace(batch, timesteps=self._bucketed(batch.timesteps))
         images, device = batch.images(), batch.noise.device
-        if not self.comes_again:
-            return replace(batch, noise=self._invert(images).view(batch.noise.shape))
-        cache, keys = self._cache(), _keys(images)
-        missing = [i for i, key in enumerate(keys) if key not in cache]
-        fresh: dict[str, Tensor] = {}
+        cache, keys = self._cache() if self.comes_again else None, _keys(images)
+        # by key, so that an image of several pairs is inverted once
+        missing = {key: i for i, key in enumerate(keys) if cache is None or key not in cache}
+        found: dict[str, Tensor] = {}
         if missing:
-            found = self._invert(images[torch.tensor(missing, device=device)]).to(DTYPES[self.config.cache_dtype])
-            fresh = {keys[i]: value.cpu() for i, value in zip(missing, found, strict=True)}
+            places = torch.tensor([*missing.values()], device=device)
+            found = dict(zip(missing, self._invert(images[places]), strict=True))
+        if cache is not None:
+            fresh = {key: value.to(DTYPES[self.config.cache_dtype]).cpu() for key, value in found.items()}
             cache.put({key: value for key, value in fresh.items() if bool(value.isfinite().all())})
-        noise = torch.stack([fresh[key] if key in fresh else cache.get(key) for key in keys]).to(device, torch.float32)
+            found = {key: fresh[key] if key in fresh else cache.get(key) for key in keys}
+        noise = torch.stack([found[key] for key in keys]).to(device, torch.float32)
         return replace(batch, noise=noise.view(batch.noise.shape))
 
     def compute(self, policy_error: Tensor, reference_error: Tensor | None, batch: Batch) -> LossOutput:
@@ -87,7 +89,9 @@ class SmPOTrainer(PreferenceTrainer):
         out = smpo_loss(policy_error, reference_error, batch.probability, beta=config.beta, gamma=config.gamma)
         if config.inversion_steps > 0:
             out.stats["noise/std"] = batch.noise.flatten(1).std(1)
-        return with_sft(out, policy_error, config.sft_weight) if config.sft_weight else out
+        if not config.sft_weight:
+            return out
+        return with_sft(out, policy_error, config.sft_weight, probability=batch.probability)
 
     def start(self, total_steps: int) -> None:
         super().start(total_steps)
@@ -103,6 +107,11 @@ class SmPOTrainer(PreferenceTrainer):
             self.inversions.flush()
             self.accelerator.wait_for_everyone()
             self.inversions.refresh()
+
+    def _write_state(self, folder: Path) -> None:
+        super()._write_state(folder)
+        if self.inversions is not None:  # inverted again, in other company, they would differ in their last bits
+            self.inversions.flush()
 
     @cached_property
     def comes_again(self) -> bool:
@@ -156,7 +165,8 @@ class SmPOTrainer(PreferenceTrainer):
             config = self.config
             settings = {"reference": self.reference.identity, "steps": config.inversion_steps}
             settings |= {"renoise": config.renoise, "dtype": config.cache_dtype, "precision": config.mixed_precision}
-            settings |= {"reference_dtype": config.reference_dtype}
+            settings |= {"reference_dtype": config.reference_dtype, "schedule": self.schedule.identity}
+            settings |= {"guidance": getattr(self.adapter, "guidance_embedding", None)}
             name = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
             root = Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache"
             self.inversions = TensorCache(root / f"inversions-{name}", {"kind": "inversions", **settings})

@@ -109,6 +109,36 @@ def test_the_base_as_negative_is_plain_guidance_to_one_in_a_million(family):
     assert (got - plain).abs().max() < 1e-6 * plain.abs().max()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_is_its_own_negative(family, loras):
+    """The shortest way to write plain guidance: by the pipeline or by its network, also when an adapter comes later."""
+    pipe = BUILDERS[family]().to(torch.float64)
+    plain = draw(pipe, family)
+    for negative in (pipe, adapter_for(pipe).denoiser):
+        with negative_guidance(pipe, negative) as calls:
+            got = draw(pipe, family)
+        assert calls.negative_calls == STEPS
+        assert (got - plain).abs().max() < 1e-6 * plain.abs().max()
+    assert torch.equal(draw(pipe, family), plain)
+    pipe = BUILDERS[family]()
+    positive = loras[family][1]
+    expected = by_hand(merged(BUILDERS[family], positive), BUILDERS[family](), family, 4.0)
+    with negative_guidance(pipe, pipe, positive):
+        torch.testing.assert_close(draw(pipe, family), expected, rtol=1e-4, atol=1e-4)
+    with negative_guidance(pipe, pipe), lora_loaded(pipe, positive / "pytorch_lora_weights.safetensors"):
+        torch.testing.assert_close(draw(pipe, family), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("as_positive", [False, True])
+def test_a_users_network_keeps_its_mode(as_positive, loras):
+    pipe, other = tiny_sd(), tiny_sd(seed=1).unet.train()
+    other.mid_block.eval()
+    modes = [module.training for module in other.modules()]
+    with negative_guidance(pipe, *((loras["sd"][0], other) if as_positive else (other,))):
+        assert not any(module.training for module in other.modules())
+    assert [module.training for module in other.modules()] == modes
+
+
 def test_what_is_left_in_fp32_is_the_networks_own_rounding():
     """Both halves in one call, as the pipeline makes it: the same bits. Each by itself: the last digits differ."""
     network = tiny_sd().unet
@@ -123,7 +153,7 @@ def test_what_is_left_in_fp32_is_the_networks_own_rounding():
     assert (torch.cat(halves) - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_guidance_the_negative_model_is_not_called_and_this_is_said(family, loras, caplog):
     pipe = BUILDERS[family]()
     plain = draw(pipe, family, 1.0)
@@ -133,7 +163,7 @@ def test_without_guidance_the_negative_model_is_not_called_and_this_is_said(fami
     assert "never called" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_outside_the_interval_only_the_conditional_model_predicts(family, loras):
     pipe = BUILDERS[family]()
     negative = loras[family][0]

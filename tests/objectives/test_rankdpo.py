@@ -212,6 +212,24 @@ def test_without_the_last_image_the_others_keep_their_weights():
     assert torch.equal(pair_weights(preference(CLEAN))[:, :3, :3], pair_weights(preference(CLEAN[:3])))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_list_whose_worst_image_has_no_weight_is_the_list_without_it(options, monkeypatch):
+    """Oracle 7.5.11, in loss and gradient."""
+    policy, reference = lists(2, 4)
+    phi = preference(CLEAN).expand(2, 4)
+    # Rewards fall with the labels, so that the worst image is the last by the model's ranks too.
+    policy = (reference + torch.linspace(0, 1e-4, 4, dtype=torch.float64)).requires_grad_()
+    short, short_slopes = (f(policy[:, :3], reference[:, :3], phi[:, :3], **options) for f in (rankdpo_loss, slopes))
+    full = rankdpo_loss(policy, reference, phi, **options).loss
+    kept = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(
+        "diffalign.objectives.rankdpo.pair_weights", lambda *a, **k: pair_weights(*a, **k) * kept * kept[:, None]
+    )
+    dropped = rankdpo_loss(policy, reference, phi, **options).loss
+    assert torch.allclose(dropped, short.loss, rtol=1e-12) and (full > dropped + 0.1).all()
+    assert torch.allclose(slopes(policy, reference, phi, **options), torch.nn.functional.pad(short_slopes, (0, 1)))
+
+
 def test_stats_name_best_and_worst_wherever_they_stand():
     policy, reference = lists(1, 4)
     out = rankdpo_loss(policy, reference, preference((0.2, 1.0, 0.0, 0.0)))

@@ -44,6 +44,14 @@ def test_the_winner_of_a_list_is_the_preferred_image_wherever_it_stands():
     assert torch.allclose(slope, torch.tensor([[0.0, 0.0, 2.0], [1.0, 0.0, 1.0]]))
 
 
+def test_the_winner_of_a_pair_is_what_its_probability_says_and_nobody_at_one_half():
+    policy = torch.rand(3, 2, requires_grad=True)
+    plain = LossOutput(torch.zeros(3))
+    out = with_sft(plain, policy, 2.0, probability=torch.tensor([0.51, 0.5, 0.2]))
+    (slope,) = torch.autograd.grad(out.loss.sum(), policy)
+    assert torch.equal(slope, torch.tensor([[2.0, 0.0], [0.0, 0.0], [0.0, 2.0]]))
+
+
 def test_the_anchor_stops_displacement():
     """Both errors rise together: the preference loss is content, the sum is not."""
     low, high = torch.tensor([[0.1, 0.2]]), torch.tensor([[0.5, 0.6]])
@@ -60,6 +68,10 @@ def test_the_anchor_stops_displacement():
         ({"weight": math.nan}, "weight must be"),
         ({"policy_error": torch.rand(2, 2)}, "2 rows but the loss has shape"),
         ({"preference": torch.tensor([[0.0, 2.0]]).expand(3, 2)}, r"preference\[0, 1\]"),
+        ({"probability": torch.tensor([0.5, math.nan, 1.0])}, r"probability\[1\]"),
+        ({"probability": torch.ones(2)}, "probability must have shape"),
+        ({"probability": torch.ones(3), "policy_error": torch.rand(3, 4)}, r"shape \(B, 2\)"),
+        ({"probability": torch.ones(3), "preference": torch.rand(3, 2)}, "pass one of them"),
     ],
 )
 def test_bad_input_is_refused_with_a_word(change, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffalign.objectives import dpo_loss, smpo_loss, soft_probability
+from diffalign.trainers import SmPOConfig
 
 WIDTH = 0.28201571106910706 - 0.11543526500463486  # PickScore's range in the authors' data
 
@@ -72,7 +74,7 @@ def test_winner_error_up_raises_and_loser_error_up_lowers_as_the_scores_say(p, s
     ],
 )
 def test_weight_table(difference, weight):
-    p = soft_probability(torch.tensor([difference], dtype=torch.float64), WIDTH)
+    p = soft_probability(torch.tensor([difference], dtype=torch.float64), WIDTH, contradiction="follow_scores")
     policy, reference = pairs(1)
     out = smpo_loss(policy, reference, p, gamma=10.0)
     assert out.stats["weights/pair"].item() == pytest.approx(weight, abs=6e-7)
@@ -105,18 +107,20 @@ def test_no_gradient_reaches_reference_or_probability():
 def test_scores_may_be_shifted_and_scaled_together(difference, width, shift, scale):
     winner = torch.tensor([shift + difference * width], dtype=torch.float64)
     loser = torch.tensor([shift], dtype=torch.float64)
-    p = soft_probability(winner - loser, width)
-    moved = soft_probability((winner + 3) * scale - (loser + 3) * scale, width * scale)
+    follow = partial(soft_probability, contradiction="follow_scores")
+    p = follow(winner - loser, width)
+    moved = follow((winner + 3) * scale - (loser + 3) * scale, width * scale)
     assert moved.item() == pytest.approx(p.item(), abs=1e-9)
-    assert soft_probability(loser - winner, width).item() == pytest.approx(1 - p.item(), abs=1e-12)
+    assert follow(loser - winner, width).item() == pytest.approx(1 - p.item(), abs=1e-12)
 
 
 def test_scores_that_contradict_the_label():
     difference = torch.tensor([0.02, 0.0, -0.02], dtype=torch.float64)
-    followed = soft_probability(difference, WIDTH)
+    followed = soft_probability(difference, WIDTH, contradiction="follow_scores")
     assert followed[0] > 0.5 == followed[1] > followed[2]
-    undecided = soft_probability(difference, WIDTH, contradiction="undecided")
+    undecided = soft_probability(difference, WIDTH)  # the default, as of the trainer and of `soften`
     assert undecided.tolist() == [followed[0].item(), 0.5, 0.5]
+    assert SmPOConfig().contradiction == "undecided"
 
 
 def test_finite_at_extreme_errors():

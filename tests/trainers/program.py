@@ -3,7 +3,8 @@
     python -m tests.trainers.program OUTPUT_DIR KILL_AT [key=value ...]
 
 KILL_AT is `never`, `step:N` (SIGKILL once N steps are done, before anything is saved) or `save:N` (SIGKILL in the
-middle of writing the checkpoint of step N).
+middle of writing the checkpoint of step N). Several of both, with commas, are started one after another, each in a
+process of its own but with the imports of the first; the exit status of all but the last is printed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,16 @@ class Mortal:
 def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    output_dir, kill_at, *settings = sys.argv[1:]
+    folders, kills, *settings = sys.argv[1:]
+    *before, last = zip(folders.split(","), kills.split(","), strict=True)
+    for first in before:
+        if os.fork() == 0:
+            return start(*first, settings)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.wait()[1])}\n")
+    start(*last, settings)
+
+
+def start(output_dir: str, kill_at: str, settings: list[str]) -> None:
     kind, _, step = kill_at.partition(":")
     Mortal.kill_at = (kind, int(step or 0))
     options = {key: json.loads(value) for key, value in (item.split("=", 1) for item in settings)}

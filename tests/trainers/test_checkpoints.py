@@ -18,9 +18,12 @@ def save(folder: Path) -> None:
     (folder / "nested" / "state").write_text("x")
 
 
-def write(run: Path, *steps: int, keep: int | None = None) -> None:
+def write(run: Path, *steps: int, keep: int | None = None, after: int | None = None) -> None:
+    """One after another; the first ``after`` a checkpoint that is not the newest, where one is given."""
     for step in steps:
-        write_checkpoint(run, step, save, keep=keep)
+        newest = max((step for step, _ in list_checkpoints(run)), default=0)
+        write_checkpoint(run, step, save, keep=keep, after=newest if after is None else after)
+        after = None
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -28,6 +31,30 @@ def test_the_newest_are_kept(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 10]
     write(tmp_path, 11)
     assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_checkpoints_of_an_abandoned_branch_are_set_aside_and_neither_pruned_nor_preferred(tmp_path, caplog):
+    """100, 200 and 300, then 100 is continued: what is written next stays, and `latest` finds it."""
+    write(tmp_path, 100, 200, 300)
+    (tmp_path / "checkpoint-000200" / "weights").write_bytes(b"old")
+    write(tmp_path, 150, keep=1, after=100)
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-000150"
+    assert "checkpoint-000300 is later than the checkpoint that was continued" in caplog.text
+    write(tmp_path, 200, 300, keep=1)
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-000300"
+    write(tmp_path, 200, after=150)  # and the same again
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("abandoned-000200", "abandoned-000300", "abandoned-000300-2", "checkpoint-000200"),
+    ]
+    assert (tmp_path / "abandoned-000200" / "weights").read_bytes() == b"old"
+    assert damage(tmp_path / "abandoned-000300") is None
+    assert find_checkpoint(tmp_path, str(tmp_path / "abandoned-000300")) is not None
+
+
+def test_a_checkpoint_is_written_again_in_its_own_place(tmp_path):
+    """A run that stops right after a checkpoint saves the same step once more."""
+    write(tmp_path, 1, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
 
 
 def test_a_failed_write_leaves_no_checkpoint_and_the_older_ones(tmp_path):
@@ -38,14 +65,14 @@ def test_a_failed_write_leaves_no_checkpoint_and_the_older_ones(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(CheckpointError, match="No space left.*untouched"):
-        write_checkpoint(tmp_path, 2, full, keep=1)
+        write_checkpoint(tmp_path, 2, full, keep=1, after=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000001"]
     assert damage(tmp_path / "checkpoint-000001") is None
 
 
 def test_a_really_full_disk_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="could not write"):
-        write_checkpoint(tmp_path, 1, lambda folder: _write_to_full_device(), keep=None)
+        write_checkpoint(tmp_path, 1, lambda folder: _write_to_full_device(), keep=None, after=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,7 +85,8 @@ def test_a_disk_that_fills_up_inside_torch_save_is_named_and_nothing_half_writte
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=r"could not write .*-000002: the disk is full. .*untouched"):
-            write_checkpoint(tmp_path, 2, lambda f: torch.save(torch.zeros(300_000), f / "optimizer.bin"), keep=1)
+            zeros = torch.zeros(300_000)
+            write_checkpoint(tmp_path, 2, lambda f: torch.save(zeros, f / "optimizer.bin"), keep=1, after=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -71,7 +99,7 @@ def test_a_bug_while_saving_keeps_its_own_error(tmp_path):
         raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match="shape mismatch") as caught:
-        write_checkpoint(tmp_path, 1, broken, keep=None)
+        write_checkpoint(tmp_path, 1, broken, keep=None, after=0)
     assert not isinstance(caught.value, CheckpointError) and list(tmp_path.iterdir()) == []
 
 

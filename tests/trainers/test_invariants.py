@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder: Path, kill_at: str = "never", *, processes: int = 1, **settings: object) -> subprocess.CompletedProcess:
+def run(
+    folder: Path | str, kill_at: str = "never", *, processes: int = 1, **settings: object
+) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     arguments = [str(folder), kill_at, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     if processes == 1:
@@ -77,15 +79,33 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(uninterrupted, tmp_p
     assert (folder / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # an epoch is three steps: what the second needs was inverted in the first, by a process that is gone
+        {"method": "smpo", "inversion_steps": 2, "draws_per_row": 1},
+        {"curriculum_stages": 3, "pairs": "all"},
+    ],
+)
+def test_killed_inversions_and_curricula_continue_bit_for_bit(tmp_path, settings):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = run(f"{whole},{killed},{killed}", "never,step:3,never", **settings)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0", str(-signal.SIGKILL)]
+    assert_equal(killed, whole)
+    assert metrics(killed) == metrics(whole)
+
+
 # Dropout inside the adapter is keyed by step and process, so it is off where batches are divided differently.
 # Adam divides by the gradient's size, which turns rounding noise of tiny gradients into full steps: epsilon damps that.
 SAME = {"lora_dropout": 0.0, "max_steps": 4, "log_every": 1, "adam_epsilon": 0.1}
+MOVING_BETA = SAME | {"target_gradient_factor": 0.1, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
 def batch_of_four(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("four") / "run"
-    result = run(folder, batch_size=4, **SAME)
+    result = run(folder, batch_size=4, **MOVING_BETA)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -100,7 +120,7 @@ def assert_same_metrics(a: Path, b: Path) -> None:
 
 def test_four_at_once_equal_four_accumulated(batch_of_four, tmp_path):
     folder = tmp_path / "run"
-    result = run(folder, batch_size=1, gradient_accumulation_steps=4, **SAME)
+    result = run(folder, batch_size=1, gradient_accumulation_steps=4, **MOVING_BETA)
     assert result.returncode == 0, result.stderr
     assert_close(folder, batch_of_four)
     assert_same_metrics(folder, batch_of_four)
@@ -108,10 +128,14 @@ def test_four_at_once_equal_four_accumulated(batch_of_four, tmp_path):
 
 def test_two_processes_equal_one(batch_of_four, tmp_path):
     folder = tmp_path / "run"
-    result = run(folder, batch_size=2, processes=2, **SAME)
+    result = run(folder, batch_size=2, processes=2, **MOVING_BETA)
     assert result.returncode == 0, result.stderr
     assert_close(folder, batch_of_four)
     assert_same_metrics(folder, batch_of_four)
+    # beta moves by the mean over both processes: by its own half of a batch each would move elsewhere
+    betas, expected = ([line["beta"] for line in metrics(path)] for path in (folder, batch_of_four))
+    assert betas == pytest.approx(expected, rel=1e-5)
+    assert abs(betas[-1] / betas[0] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["dpo", "smpo"])

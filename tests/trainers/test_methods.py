@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
 from diffalign.errors import CheckpointError, ConfigError, DivergenceError
 from diffalign.trainers import (
@@ -24,7 +24,7 @@ from diffalign.trainers import (
 )
 from diffalign.trainers.batches import Draw
 from diffalign.trainers.reference import FrozenReference, Reference, weights_hash
-from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from tests.trainers.conftest import preference_rows
 
 METHODS = {
@@ -166,6 +166,37 @@ def test_smpo_noise_is_the_inversion_and_is_found_again(make, build):
     assert calls == []
     again = make("smpo", "again", pipeline=build(), draws_per_row=1)
     assert torch.allclose(again.noised(plain).noise, batch.noise)
+
+
+@pytest.mark.parametrize(
+    ("build", "setting", "values"),
+    [
+        (lambda: tiny_sd(prediction_type="v_prediction"), "zero_terminal_snr", (False, True)),
+        (tiny_flux, "guidance_embedding", (1.0, 3.5)),
+    ],
+)
+def test_smpo_finds_no_noise_that_was_inverted_under_another_schedule_or_guidance(make, build, setting, values):
+    found = []
+    for value in values:  # one cache_dir
+        settings = {"draws_per_row": 1, "resolution": 32, setting: value}
+        trainer = make("smpo", f"{value}", pipeline=build(), **settings)
+        batch = trainer.noised(trainer.collate(trainer.stream.step(0)))
+        fresh = trainer._invert(batch.images()).view(batch.noise.shape)
+        torch.testing.assert_close(batch.noise, fresh, rtol=1e-4, atol=1e-4)
+        found.append(batch.noise)
+        trainer.inversions.flush()
+    assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("inverter", ["reference", "policy"])
+def test_smpo_inverts_an_image_of_several_pairs_once(make, inverter):
+    trainer = make("smpo", dataset=scored_rows(2), pairs="all", batch_size=6, inverter=inverter)
+    plain = trainer.collate([Draw(i, 0) for i in range(6)])  # the six pairs of four images
+    whole, invert, counts = trainer._invert(plain.images()), trainer._invert, []
+    trainer._invert = lambda images: (counts.append(len(images)), invert(images))[1]
+    noise = trainer.noised(plain).noise
+    assert counts == [4]
+    torch.testing.assert_close(noise, whole.view(noise.shape), rtol=1e-4, atol=1e-4)
 
 
 def test_smpo_inverts_an_image_once_for_each_bucket_and_trains_there(make, caplog, tmp_path):
@@ -321,6 +352,25 @@ def test_precomputed_errors_are_read_again_and_checked(make, caplog):
     assert "damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("build", "scheduler", "change", "settings"),
+    [
+        (tiny_sd3, FlowMatchEulerDiscreteScheduler, {"shift": 12.0}, {"timestep_density": "shift"}),
+        (tiny_sd, DDIMScheduler, {"beta_end": 0.02}, {}),
+    ],
+)
+def test_precomputed_errors_are_those_of_the_scheduler(make, build, scheduler, change, settings):
+    """Its shift decides which timesteps are drawn, its betas what noise a timestep means; output_dir is the same."""
+    make("dpo", pipeline=build(), precompute_reference=1, **settings)
+    pipeline = build()
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **change)
+    trainer = make("dpo", pipeline=pipeline, precompute_reference=1, **settings)
+    batch = trainer.collate(trainer.stream.step(0))
+    with torch.no_grad():  # the policy is still what the reference was
+        fresh = trainer.passes.errors(trainer.denoiser, batch.images()).view(batch.shape)
+    torch.testing.assert_close(trainer.reference_error(batch), fresh, rtol=1e-4, atol=1e-6)
+
+
 def test_adaptive_beta_moves_and_survives_a_restart(make):
     settings = {"target_gradient_factor": 0.2, "log_every": 1, "resume": "latest"}
     whole = make("dpo", "whole", max_steps=6, **settings)
@@ -382,7 +432,7 @@ def test_the_first_and_the_last_timestep_train(make, method, t):
     assert all(torch.isfinite(p).all() for p in weights(trainer))
 
 
-@pytest.mark.parametrize("method", ["dpo", "smpo"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("t", [0, 999])
 @pytest.mark.parametrize("kind", ["flow", "v, zero terminal SNR"])
 def test_the_first_and_the_last_timestep_train_in_other_parameterisations(make, method, t, kind):
@@ -416,3 +466,98 @@ def test_the_first_and_the_last_timestep_train_in_other_parameterisations(make, 
 def test_settings_without_effect_are_refused(make, method, settings, named):
     with pytest.raises(ConfigError, match=named):
         make(method, **settings)
+
+
+# --- labels that say nothing, or the opposite ------------------------------------------------------------------------
+
+
+def error_slopes(trainer) -> torch.Tensor:
+    """d loss / d error of the first batch, at the reference."""
+    batch = trainer.collate(trainer.stream.step(0))
+    error = torch.full(batch.shape, 0.1, requires_grad=True)
+    return torch.autograd.grad(trainer.compute(error, error.detach(), batch).loss.sum(), error)[0]
+
+
+def test_the_winners_term_splits_ties_and_follows_scores(make):
+    rows = scored_rows(2, 2)
+    for row in rows:
+        row["preference"] = [0.5, 0.5]
+    tied = make("dpo", "a", dataset=rows, ties="soft", sft_weight=10.0)
+    assert torch.equal(error_slopes(tied), torch.full((2, 2), 5.0))
+    rows = scored_rows(2, 2)
+    for row in rows:
+        row["scores"]["clip"] = [0.0, 0.1]  # against the label
+    settings = {"dataset": rows, "score": "clip", "inversion_steps": 0}
+    undecided = make("smpo", "b", **settings, sft_weight=10.0)
+    assert error_slopes(undecided).abs().max() == 0
+    followed, plain = (
+        error_slopes(make("smpo", f"c{weight}", **settings, contradiction="follow_scores", sft_weight=weight))
+        for weight in (10.0, 0.0)
+    )
+    assert torch.allclose(followed - plain, torch.tensor([0.0, 10.0]).expand(2, 2))
+    assert (plain[:, 0] < 0).all() and (plain[:, 1] > 0).all()
+
+
+# --- adaptive beta -----------------------------------------------------------------------------------------------
+
+
+def test_an_adaptive_beta_continues_no_other_checkpoint(make):
+    make("dpo", "plain", max_steps=1).train()
+    with pytest.raises(CheckpointError, match=r"gradient_factor=0.2 cannot continue .*beta and factor.*got \[\]"):
+        make("dpo", "plain", max_steps=2, resume="latest", target_gradient_factor=0.2).train()
+    make("dpo", "small", max_steps=1, beta=10.0, target_gradient_factor=0.2).train()
+    with pytest.raises(CheckpointError, match=r"saved beta 10.* lies outside \[500"):
+        make("dpo", "small", max_steps=2, resume="latest", target_gradient_factor=0.2).train()
+
+
+# --- memory, caches, dropout -------------------------------------------------------------------------------------
+
+
+def test_lists_of_eight_have_the_gradient_of_one_pass_with_two_images_in_memory(make):
+    rows = scored_rows(2, 8)
+    whole, parts = make("rankdpo", "a", dataset=rows), make("rankdpo", "b", dataset=rows, images_per_pass=2)
+    most = []
+    for trainer in (whole, parts):
+        torch.manual_seed(0)
+        for parameter in trainer.parameters:  # away from the reference, where all pairs pull alike
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        held = [0]  # images in a graph since each backward pass
+
+        def count(module, args, held=held):
+            held[-1] += len(args[0]) * torch.is_grad_enabled()
+
+        def backward(loss, held=held, run=trainer.accelerator.backward):
+            run(loss)
+            held.append(0)
+
+        trainer.denoiser.register_forward_pre_hook(count)
+        trainer.accelerator.backward = backward
+        trainer._forward_backward(trainer.collate(trainer.stream.step(0)), sync=True)
+        most.append(max(held))
+    assert most == [16, 2]
+    for a, b in zip(whole.parameters, parts.parameters, strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-4 * a.grad.abs().max())
+
+
+def test_a_precomputed_reference_changes_nothing_for_a_flow_model(make):
+    settings = {"max_steps": 4, "adam_epsilon": 0.1, "beta": 500.0}
+    plain = make("dpo", "a", pipeline=tiny_sd3(), draws_per_row=2, **settings)
+    quick = make("dpo", "b", pipeline=tiny_sd3(), precompute_reference=2, **settings)
+    plain.train()
+    quick.train()
+    for a, b in zip(lines(plain), lines(quick), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights(plain), weights(quick), strict=True))
+
+
+def test_the_policy_inverts_without_dropout(make):
+    """Oracle 7.4.10: what it is trained on is not random, though it trains with dropout."""
+    pipeline = tiny_sdxl()
+    dropouts = [module for module in pipeline.unet.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.5
+    trainer = make("smpo", pipeline=pipeline, inverter="policy")
+    plain = trainer.collate(trainer.stream.step(0))
+    trainer.denoiser.train()
+    assert dropouts and torch.equal(trainer.noised(plain).noise, trainer.noised(plain).noise)
+    assert all(module.training for module in dropouts)

@@ -53,5 +53,8 @@ def test_ties_are_dropped(make):  # noqa: F811
 
 def test_a_run_is_not_continued_the_other_way_round(make):  # noqa: F811
     make("dpo", max_steps=1).train()
-    with pytest.raises(CheckpointError, match="negative"):
+    with pytest.raises(CheckpointError, match="its negative is None, this run's is True.*same data, negative"):
         make("dpo", max_steps=2, resume="latest", negative=True).train()
+    make("dpo", "negative", max_steps=1, negative=True).train()
+    with pytest.raises(CheckpointError, match="its negative is True, this run's is None"):
+        make("dpo", "negative", max_steps=2, resume="latest").train()

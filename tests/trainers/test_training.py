@@ -15,7 +15,7 @@ from diffalign.data import load_preferences
 from diffalign.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from diffalign.objectives.dpo import LOSS_TYPES
 from diffalign.synthesis import generate_images
-from diffalign.trainers import DPOConfig, SFTConfig, SFTTrainer
+from diffalign.trainers import DPOConfig, SFTConfig, SFTTrainer, SmPOConfig, SmPOTrainer
 from diffalign.trainers.checkpoints import damage
 from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 from tests.trainers.conftest import preference_rows
@@ -241,6 +241,87 @@ def test_other_data_is_refused_on_resume(make_trainer):
     make_trainer(max_steps=1).train()
     with pytest.raises(CheckpointError, match="data"):
         make_trainer(dataset=preference_rows(seed=5), max_steps=2, resume="latest").train()
+
+
+def judged_rows(preference: tuple[float, ...] = (1.0, 0.0, 0.0)) -> list[dict]:
+    rows = preference_rows(4, candidates=3)
+    for row in rows:
+        row["preference"] = list(preference)
+        row["scores"] = {"clip": [0.1 * value for value in preference]}
+    return rows
+
+
+SMPO = {"cls": SmPOTrainer, "config": SmPOConfig, "inversion_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"curriculum_stages": 2}, {}, "its curriculum is .2, 1., this run's is None"),
+        ({}, {"dataset": load_preferences(judged_rows()).with_shuffled_preferences(0)}, "its data is"),
+        ({}, {"dataset": judged_rows((0.8, 0.2, 0.2))}, "its data is"),
+        ({"pairs": "best_worst"}, {"pairs": "adjacent"}, "its data is"),  # of two losers alike another is taken
+        ({**SMPO, "score": "clip", "score_range": [0.0, 0.1]}, SMPO, "its data is"),
+    ],
+)
+def test_other_pairs_or_labels_are_refused_on_resume(make_trainer, before, after, named):
+    rows = judged_rows()
+    first = make_trainer(**({"dataset": rows, "max_steps": 1} | before))
+    first.train()
+    again = make_trainer(**({"dataset": rows, "max_steps": 2, "resume": "latest"} | after))
+    assert len(again.examples) == len(first.examples) and again.encoded.row_ids == first.encoded.row_ids
+    with pytest.raises(CheckpointError, match=named):
+        again.train()
+
+
+@pytest.mark.parametrize(
+    ("build", "settings", "named"),
+    [
+        (tiny_sdxl, {"max_timestep": 1500}, "max_timestep=1500"),
+        (tiny_sd3, {"timesteps": [999]}, "as good as nothing"),
+        (tiny_sdxl, {"timestep_density": "shift"}, "shift of a flow model"),
+        (tiny_sdxl, {"curriculum_stages": 7}, "curriculum_stages=7 needs at least as many examples, got 6"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(
+    make_trainer, monkeypatch, build, settings, named
+):
+    def encode(*args, **kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("diffalign.trainers.base.EncodedPreferences.build", encode)
+    with pytest.raises(ConfigError, match=named):
+        make_trainer(build(), **settings)
+
+
+def test_an_older_checkpoint_is_continued_and_the_later_ones_are_kept_aside(make_trainer):
+    settings = {"save_every": 1, "keep_checkpoints": None}
+    first = make_trainer(max_steps=3, **settings)
+    first.train()
+    older = str(first.output_dir / "checkpoint-000001")
+    make_trainer(max_steps=2, resume=older, learning_rate=1e-3, **settings).train()
+    assert sorted(path.name for path in first.output_dir.glob("*-00000?")) == [
+        *("abandoned-000002", "abandoned-000003", "checkpoint-000001", "checkpoint-000002"),
+    ]
+    again = make_trainer(max_steps=2, resume="latest", **settings)
+    again.train()
+    assert json.loads((again.checkpoint / "training_config.json").read_text())["learning_rate"] == 1e-3
+    whole = make_trainer(max_steps=3, resume=str(first.output_dir / "abandoned-000003"), **settings)
+    whole.train()
+    assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(first), strict=True))
+
+
+def test_a_finished_run_that_is_resumed_reports_what_it_did(make_trainer):
+    first = make_trainer(max_steps=2)
+    before, card = first.train(), (first.output_dir / "final" / "README.md").read_text()
+    again = make_trainer(max_steps=2, resume="latest")
+    report = again.train()
+    assert report["metrics"] == before["metrics"] != {}
+    assert report["seconds"] >= before["seconds"] > 0
+    assert report["seconds_per_step"] >= before["seconds_per_step"]
+    assert (again.output_dir / "final" / "README.md").read_text() == card
+    longer = make_trainer(max_steps=3, resume="latest").train()
+    assert longer["seconds"] > before["seconds"] and longer["metrics"]["loss"] == lines(again)[-1]["loss"]
 
 
 def test_wrong_settings_are_refused_with_a_word(make_trainer):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from reward_models import PairwiseRewardModel
+from reward_models import PairwiseRewardModel, can_score
 
 from ..validation import Validation, save_image, side_by_side
-from .rewards import Model, can_score, labels
+from .rewards import Line, Model, labels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,7 +41,7 @@ class Holdout:
         adapter: family of the pipeline.
         texts: hold-out prompts.
         prompts: their embeddings.
-        config: sampling settings of validation pictures.
+        config: sampling settings of validation pictures, and ``reward_timeout`` for each model.
         folder: keeps the base's pictures, and sheets of the policy's beside them.
         accelerator: autocast.
         training: reward models that training uses.
@@ -62,6 +63,7 @@ class Holdout:
         self.texts, self.folder = list(texts), folder
         names = [f"training-{name}" for name in labels(training)] + labels(unseen)
         self.models = dict(zip(names, (*training, *unseen), strict=True))
+        self.lines, self.timeout = {name: Line(name) for name in names}, config.reward_timeout
         self.pictures = Validation(
             adapter,
             self.texts,
@@ -75,19 +77,16 @@ class Holdout:
         self.base: dict[str, Tensor] = {}
 
     def prepare(self, denoiser: nn.Module, *, resumed: bool) -> None:
-        """Draw and score the base's pictures before the first step, or read them back."""
+        """Draw the base's pictures before the first step, or read them back."""
         self.pictures.prepare(denoiser, resumed=resumed)
-        for label, model in self.models.items():
-            if can_score(model):
-                self.base[label] = model.score(self.pictures.base_images, self.texts).double()
 
     def measure(self, denoiser: nn.Module, step: int) -> dict[str, float]:
         """Scores of the policy's pictures, of which the first ``SHOWN`` are saved beside the base's.
 
         Returns:
             By model: ``holdout/NAME`` the mean score, ``holdout/NAME_change`` its paired difference from the base with
-            standard error ``holdout/NAME_error``. For a judge without scores the change is its win rate against the
-            base minus 1/2. Names of training rewards start with ``training-``.
+            standard error ``holdout/NAME_error``, which a single picture has not. For a judge without scores the change
+            is its win rate against the base minus 1/2. Names of training rewards start with ``training-``.
         """
         images = self.pictures.draw(denoiser)
         sheet = side_by_side(self.pictures.base_images[:SHOWN], images[:SHOWN], self.texts[:SHOWN])
@@ -95,7 +94,7 @@ class Holdout:
         values: dict[str, float] = {}
         for label, model in self.models.items():
             try:
-                values |= self._of(model, label, images)
+                values |= self.lines[label].ask(partial(self._of, model, label, images), self.timeout)
             except Exception as error:  # noqa: BLE001 (a hold-out that is not measured must not end a run)
                 log.warning("the hold-out could not be scored by %s: %s", label, error)
         return values
@@ -103,6 +102,8 @@ class Holdout:
     def _of(self, model: Model, label: str, images: list[Image.Image]) -> dict[str, float]:
         values: dict[str, float] = {}
         if can_score(model):
+            if label not in self.base or bool(self.base[label].isnan().all()):  # not at the start: it may be away then
+                self.base[label] = model.score(self.pictures.base_images, self.texts).double()
             scores = model.score(images, self.texts).double()
             found = scores[~scores.isnan()]
             if len(found):
@@ -113,8 +114,9 @@ class Holdout:
             change = self._against_base(model, images)
         change = change[~change.isnan()]
         if len(change):
-            error = float(change.std(correction=0)) / math.sqrt(len(change))
-            values |= {f"holdout/{label}_change": float(change.mean()), f"holdout/{label}_error": error}
+            values[f"holdout/{label}_change"] = float(change.mean())
+        if len(change) > 1:
+            values[f"holdout/{label}_error"] = float(change.std(correction=1)) / math.sqrt(len(change))
         return values
 
     def _against_base(self, judge: PairwiseRewardModel, images: list[Image.Image]) -> Tensor:

@@ -7,17 +7,16 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
-from reward_models import PairwiseRewardModel, RewardModel, load_reward_model
+from reward_models import PairwiseRewardModel, RewardModel, can_score
 
 from ...errors import ConfigError, RewardError
 from .win_rate import Ask, Pair, ask_scores, win_rates
@@ -27,33 +26,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Model = RewardModel | PairwiseRewardModel
+T = TypeVar("T")
 RETRY_SECONDS = 5.0
-LATE_IN_A_ROW = 2  # once may be a hiccup; a judge that hangs for good would let a run learn nothing for days
-
-
-def load_rewards(names: Sequence[str]) -> list[Model]:
-    """Reward models by name; options are written ``name?option=value&option=value``, values as in YAML.
-
-    Raises:
-        RewardModelError: no such model or option.
-        ConfigError: an option that is not ``key=value``.
-    """
-    models: list[Model] = []
-    for entry in names:
-        name, _, text = entry.partition("?")
-        options = {}
-        for part in text.split("&") if text else ():
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise ConfigError(f"expected name?option=value&option=value, got {entry!r}.")
-            options[key] = yaml.safe_load(value)
-        models.append(load_reward_model(name, **options))
-    return models
-
-
-def can_score(model: Model) -> TypeGuard[RewardModel]:
-    """Whether a model scores pictures one at a time; some judges have the method but no question for it."""
-    return isinstance(model, RewardModel) and not getattr(model, "pairs_only", False)
+#: Rollouts in a row without any answer after which a model is asked again. Once may be a hiccup, or prompts that it has
+#: nothing to say about; a judge that is silent for good would let a run learn nothing for days.
+SILENT_IN_A_ROW = 2
+#: The same for a model that answers other processes: it is not gone, but these groups are never learnt from.
+SILENT_ALONE = 3
 
 
 def labels(models: Sequence[Model]) -> list[str]:
@@ -92,16 +71,21 @@ class RewardDesk:
         config: settings of the run.
 
     Raises:
-        ConfigError: a model that cannot do what ``reward`` asks.
+        ConfigError: a model that cannot do what ``reward`` asks, or a ``tie_margin`` without scores to compare.
     """
 
     def __init__(self, models: Sequence[Model], config: PrefGRPOConfig) -> None:
         self.models, self.config = list(models), config
         if config.reward == "score" and (deaf := [m.name for m in models if not can_score(m)]):
             raise ConfigError(f"{', '.join(deaf)} only compares pictures: use reward=win_rate.")
+        if config.tie_margin and models and all(isinstance(model, PairwiseRewardModel) for model in models):
+            raise ConfigError(
+                f"tie_margin={config.tie_margin} has no effect: it is a difference of scores, and "
+                f"{', '.join(labels(models))} compares pictures in pairs. Leave it out."
+            )
         self.names = labels(models)
-        self.lines = [_Line(name) for name in self.names]
-        self.late = [0] * len(self.models)  # rollouts in a row in which a model was late with everything
+        self.lines = [Line(name) for name in self.names]
+        self.silent = [0] * len(self.models)  # rollouts in a row in which a model answered nothing
         self.failures = [_failures(model) for model in self.models]  # up to the last rollout
 
     def submit(self, group: int, prompt: str, images: list[Image.Image]) -> list[Future[GroupReward]]:
@@ -140,28 +124,28 @@ class RewardDesk:
         """Wait for the rewards of groups.
 
         A group that is late is missing, and nobody is asked about it any more. A model that fails on everything, or is
-        late with everything ``LATE_IN_A_ROW`` times, is asked again until it answers or ``judge_patience`` is over.
+        silent or late ``SILENT_IN_A_ROW`` times, is asked again until it answers or ``judge_patience`` is over.
 
         Args:
             work: the groups.
         """
         deadline = time.monotonic() + self.config.reward_timeout
         found: dict[int, list[GroupReward]] = {group: [] for group in work}
-        down: dict[str, str] = {}
+        down: dict[str, Silence] = {}
         for number, name in enumerate(self.names):
             futures = {group: entry[2][number] for group, entry in work.items()}
             results, errors = self._await(number, work, futures, deadline)
             if work and _silent(results):
-                late = any(result.timed_out for result in results.values())
-                self.late[number] = self.late[number] + 1 if late else 0
-                if not late or self.late[number] >= LATE_IN_A_ROW:
-                    reason = self._reason(number, errors, late)
-                    if (again := self._insist(number, work, reason)) is None:
-                        down[name] = reason
-                    else:
-                        results, self.late[number] = again, 0
-            else:
-                self.late[number] = 0
+                self.silent[number] += 1
+                reason = self._reason(number, errors, results)
+                if not errors and self.silent[number] < SILENT_IN_A_ROW:
+                    log.warning("%s: %s.", name, reason)
+                elif (again := self._insist(number, work, reason)) is None:
+                    down[name] = Silence(reason, self.silent[number])
+                else:
+                    results, self.silent[number] = again, 0
+            elif work:
+                self.silent[number] = 0
                 if errors:
                     log.warning("%s failed on %d of %d groups: %s", name, len(errors), len(work), errors[-1])
             self.failures[number] = _failures(self.models[number])
@@ -208,33 +192,50 @@ class RewardDesk:
             if not _silent(results):
                 log.warning("%s answers again; training goes on.", name)
                 return results
-            reason = self._reason(number, errors, any(result.timed_out for result in results.values()))
+            reason = self._reason(number, errors, results)
         return None
 
-    def _reason(self, number: int, errors: Sequence[Exception], late: bool) -> str:
+    def _reason(self, number: int, errors: Sequence[Exception], results: dict[int, GroupReward]) -> str:
         if errors:
             return str(errors[-1])
-        if late:
+        if any(result.timed_out for result in results.values()):
             return f"it answered about no group within reward_timeout={self.config.reward_timeout:g} seconds"
         new = (_failures(self.models[number]) - self.failures[number]).most_common(1)
         return "it gave no usable answer to any group" + "".join(f" ({problem}, {n} times)" for problem, n in new)
 
 
+@dataclass(frozen=True)
+class Silence:
+    """Why a model answers nothing at all, and for how many rollouts in a row it has not."""
+
+    reason: str
+    rollouts: int
+
+
 @dataclass
 class Collected:
-    """Rewards of groups, one per model; ``down`` has the models that answer nothing at all, and why."""
+    """Rewards of groups, one per model, and the models that answer nothing at all."""
 
     rewards: dict[int, list[GroupReward]]
-    down: dict[str, str]
+    down: dict[str, Silence]
 
 
-def down_everywhere(reports: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Models that answer nobody: a process whose few prompts a judge will not speak about must not end the run.
+def down_for_good(reports: Sequence[dict[str, Silence]]) -> dict[str, str]:
+    """Models without which training must not go on, and why.
+
+    A process whose few prompts a judge will not speak about must not end the run. So those count that answer nobody, or
+    that have been silent to some process ``SILENT_ALONE`` times in a row: its own server may be dead.
 
     Args:
         reports: ``down`` of each process that asked about something.
     """
-    return {n: why for n, why in reports[0].items() if all(n in report for report in reports)} if reports else {}
+    names = dict.fromkeys(name for report in reports for name in report)
+    told = {name: [report[name] for report in reports if name in report] for name in names}
+    return {
+        name: silences[0].reason
+        for name, silences in told.items()
+        if len(silences) == len(reports) or any(silence.rollouts >= SILENT_ALONE for silence in silences)
+    }
 
 
 def judge_is_down(down: dict[str, str], checkpoint: object) -> RewardError:
@@ -298,17 +299,30 @@ def _nothing(images: list[Image.Image], *, timed_out: bool = False) -> GroupRewa
     return GroupReward(empty, {"missing": 1.0}, timed_out=timed_out)
 
 
-class _Line:
+class Line:
     """Jobs of one model, one after another in a thread that never keeps the program from ending."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._open()
 
-    def submit(self, job: Any) -> Future[GroupReward]:
-        future: Future[GroupReward] = Future()
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
         self.jobs.put((job, future))
         return future
+
+    def ask(self, job: Callable[[], T], timeout: float) -> T:
+        """What a job returns.
+
+        Raises:
+            TimeoutError: nothing within so many seconds; the job is left to its thread.
+        """
+        future = self.submit(job)
+        if not wait([future], timeout).done:
+            future.cancel()
+            self.abandon()
+            raise TimeoutError(f"no answer within {timeout:g} seconds")
+        return future.result()
 
     def abandon(self) -> None:
         """Leave a job that hangs to its thread, which then ends; later jobs get a new one."""
@@ -317,11 +331,11 @@ class _Line:
             self._open()
 
     def _open(self) -> None:
-        self.jobs: queue.Queue[tuple[Any, Future[GroupReward]] | None] = queue.Queue()
+        self.jobs: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
         threading.Thread(target=self._run, args=(self.jobs,), name=f"reward {self.name}", daemon=True).start()
 
     @staticmethod
-    def _run(jobs: queue.Queue[tuple[Any, Future[GroupReward]] | None]) -> None:
+    def _run(jobs: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
         while (entry := jobs.get()) is not None:
             job, future = entry
             if future.set_running_or_notify_cancel():

@@ -114,27 +114,17 @@ class Sampling:
         self.kept = DTYPES[config.latent_dtype]
         self.guided = config.guidance_scale > 1
         self.empty = prompts.unconditional() if self.guided else {}
-        self.plan(0)
+        self._require_trainable()
 
     # --- which steps ---------------------------------------------------------------------------------------------
 
     def plan(self, iteration: int) -> Plan:
-        """The steps of an iteration: a window of stochastic ones, of which a share is trained; none for ``matching``.
-
-        Raises:
-            ConfigError: no step is left to train.
-        """
+        """The steps of an iteration: a window of stochastic ones, some of which are trained; none for ``matching``."""
         config = self.config
         if config.objective == "matching":
             return Plan(transitions(self.grid, self.sampler, 0.0), [])
-        final = FINAL_STEPS[self.grid.kind] if config.final_steps is None else config.final_steps
-        eligible = len(self.grid) - final
+        eligible = self._eligible()
         width = min(config.sde_window or eligible, eligible)
-        if width < 1:
-            raise ConfigError(
-                f"of {len(self.grid)} sampling steps the last {final} are deterministic, so none is left to train: "
-                "raise sampling_steps or lower final_steps."
-            )
         places = eligible - width + 1
         if config.sde_window_moves == "sliding":
             start = iteration // config.sde_window_stay % places
@@ -145,6 +135,23 @@ class Sampling:
         count = max(1, round(config.timestep_fraction * width))
         order = keyed_permutation(width, config.seed, iteration, "trained steps")
         return Plan(steps, sorted(window[i] for i in order[:count]))
+
+    def _eligible(self) -> int:
+        """How many steps may be stochastic: all but the final ones."""
+        config = self.config
+        return len(self.grid) - (FINAL_STEPS[self.grid.kind] if config.final_steps is None else config.final_steps)
+
+    def _require_trainable(self) -> None:
+        """Refuse now what an iteration would refuse once its window gets there."""
+        if self.config.objective == "matching":
+            return
+        eligible = self._eligible()
+        if eligible < 1:
+            raise ConfigError(
+                f"of {len(self.grid)} sampling steps the last {len(self.grid) - eligible} are deterministic, so none "
+                "is left to train: raise sampling_steps or lower final_steps."
+            )
+        transitions(self.grid, self.sampler, self.config.noise_level, stochastic=range(eligible))
 
     # --- one call of a network -----------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +22,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from reward_models import load_reward_model
+
 from ...errors import CheckpointError, ConfigError, RewardError
 from ...evaluation.prompts import read_prompts
 from ...objectives import LossOutput, combined_advantages, grpo_loss
@@ -30,27 +31,27 @@ from ...objectives.advantages import check_groups
 from ...randomness import keyed_permutation
 from ..config import PrefGRPOConfig
 from ..health import HealthMonitor
-from ..loop import TrainingLoop
 from ..metrics import MetricAccumulator
-from ..prompts import EncodedPrompts, Prompts, load_prompts
+from ..prompt_loop import PromptLoop
+from ..prompts import Prompts
+from ..reference import weights_hash
 from .alarms import GRPO_CHECKS, IN_A_ROW
 from .holdout import Holdout, diversity
 from .objectives import MatchingObjective, Objective, StepObjective
 from .record import REPLAYED, Rollout, judge_metrics
-from .rewards import GroupReward, Model, RewardDesk, down_everywhere, judge_is_down, load_rewards
+from .rewards import Model, RewardDesk, Work, down_for_good, judge_is_down
 from .rollouts import Chunk, Sample, Sampling, Told
 
 log = logging.getLogger(__name__)
 _DECODE_PIXELS = 2**21  # decoded at once
 PER_TERM = ("ratio", "clip_share", "kl", "error")
-Work = dict[int, tuple[str, list[Image.Image], list[Future[GroupReward]]]]
 
 
-class PrefGRPOTrainer(TrainingLoop):
+class PrefGRPOTrainer(PromptLoop):
     """Trains on the policy's own pictures with :func:`diffalign.objectives.grpo_loss` (Pref-GRPO, arXiv:2508.20751).
 
     Args:
-        pipeline, config, accelerator, base_model: see :class:`TrainingLoop`.
+        pipeline, config, accelerator, base_model: see :class:`..loop.TrainingLoop`.
         train_dataset: prompts, or what :func:`diffalign.trainers.prompts.load_prompts` accepts.
         reward_models: ready models in place of ``config.rewards``.
         holdout_models: ready models in place of ``config.holdout_rewards``.
@@ -64,7 +65,6 @@ class PrefGRPOTrainer(TrainingLoop):
     method = "prefgrpo"
     config_class = PrefGRPOConfig
     config: PrefGRPOConfig
-    dataset: Prompts
 
     def __init__(
         self,
@@ -90,23 +90,16 @@ class PrefGRPOTrainer(TrainingLoop):
         self._divide()
         holdout = config.holdout_prompts
         self.holdout_texts = read_prompts(holdout, limit=config.holdout_count) if holdout else []
-        self.encoded = EncodedPrompts.build(
-            [*self._prompts_ahead(), *config.validation_prompts, *self.holdout_texts],
-            self.adapter,
-            Path(config.cache_dir) if config.cache_dir else self.output_dir / "cache",
-            self.accelerator,
-            batch_size=config.encode_batch_size,
-            progress=config.progress_bar and self.accelerator.is_main_process,
-        )
+        self.encode([*self._prompts_ahead(), *self.holdout_texts])
         if self.pipeline.vae is None:
             raise ConfigError("pictures cannot be decoded without a VAE: load the whole pipeline.")
-        self.adapter.offload_encoders()
         self.pipeline.vae.to(self.accelerator.device)  # the one encoder that every iteration needs
         self.sampling = Sampling(self.adapter, self.schedule, self.encoded, config, self.accelerator)
         self.objective: Objective = StepObjective(self.sampling)
         if config.objective == "matching":
             self.objective = MatchingObjective(self.sampling, self.schedule)
         self.build_policy()
+        self.base = self.reference.identity if self.reference else weights_hash(self.denoiser, skip="lora_")
         self.start(self._total_steps())
         self.metrics = MetricAccumulator(*self.objective.metrics, bucketed=PER_TERM)
         self.health = HealthMonitor(checks=GRPO_CHECKS, keep=IN_A_ROW * (config.holdout_every or 0))
@@ -114,14 +107,10 @@ class PrefGRPOTrainer(TrainingLoop):
         self.holdout: Holdout | None = None
 
     @staticmethod
-    def load_dataset(source: Any, **options: Any) -> Prompts:
-        return load_prompts(source, **options)
-
-    @staticmethod
     def _models(ready: Sequence[Model], names: list[str], setting: str) -> list[Model]:
         if ready and names:
             raise ConfigError(f"{setting}={names} has no effect beside ready models: give one of the two.")
-        return list(ready) or load_rewards(names)
+        return list(ready) or [load_reward_model(name) for name in names]
 
     def _divide(self) -> None:
         """Which pictures of an iteration are this process's: of each update's block its part of whole chunks."""
@@ -153,20 +142,21 @@ class PrefGRPOTrainer(TrainingLoop):
     # --- the loop's hooks ----------------------------------------------------------------------------------------
 
     def data_report(self) -> dict[str, Any]:
-        return {"examples": len(self.dataset), "group_size": self.config.group_size}
-
-    @property
-    def data_name(self) -> str:
-        return self.dataset.name
-
-    def validation_embeddings(self) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        return [self.encoded.prompt(text) for text in self.config.validation_prompts], self.encoded.unconditional()
+        names = [model.name for model in self.rewards]
+        return super().data_report() | {"group_size": self.config.group_size, "rewards": names}
 
     def _identity(self) -> dict[str, Any]:
+        """The base is named with a pull to it or without: ``kl_weight``, like ``rewards``, may change on resuming."""
         config = self.config
         groups = [config.prompts_per_rollout, config.group_size, config.updates_per_rollout]
-        rewards = [model.identity for model in self.rewards]
-        return super()._identity() | {"data": self.dataset.identity, "groups": groups, "rewards": rewards}
+        return super()._identity() | {"reference": self.base, "groups": groups}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rewards": [model.identity for model in self.rewards]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state != self.state_dict():
+            log.warning("other rewards than before: %s; now %s.", state.get("rewards"), self.state_dict()["rewards"])
 
     def optimizer_step(self) -> dict[str, float]:
         """One update of the weights; draws and judges a new rollout where the last one is used up."""
@@ -174,6 +164,7 @@ class PrefGRPOTrainer(TrainingLoop):
         self._prepare_holdout()
         number = self.step % self.config.updates_per_rollout
         if number == 0 or self.rollout is None:
+            self.rollout = None  # makes room for the next one
             self.rollout = self.roll_out(self.step // self.config.updates_per_rollout)
         rollout, drawn = self.rollout, time.monotonic()
         part = len(rollout.chunks) // self.config.updates_per_rollout
@@ -181,10 +172,11 @@ class PrefGRPOTrainer(TrainingLoop):
         losses = self._backward(rollout, chunks, number)
         self.require_finite(losses)
         applied = self.apply_gradients()
+        ended = time.monotonic()
         metrics = self.metrics.reduce(self.accelerator) | applied
+        metrics |= {"time/training": ended - drawn, "time/step": ended - began}
         if number == 0:
-            metrics |= rollout.metrics
-        metrics |= {"time/training": time.monotonic() - drawn, "time/step": time.monotonic() - began}
+            metrics |= rollout.metrics | self._cost_of_judging(rollout.metrics, ended - began)
         return metrics | self._measure_holdout()
 
     # --- rollout -------------------------------------------------------------------------------------------------
@@ -265,7 +257,7 @@ class PrefGRPOTrainer(TrainingLoop):
         reports = [collected.down] if work else []
         if self.accelerator.num_processes > 1:
             found, reports = gather_object(found), gather_object(reports)
-        if down := down_everywhere(reports):
+        if down := down_for_good(reports):
             raise self._pause(down)
         rewards = torch.full((self.count, len(self.rewards)), float("nan"), dtype=torch.float64)
         for group, results in found:
@@ -369,6 +361,15 @@ class PrefGRPOTrainer(TrainingLoop):
             "group/silent": math.fsum(silent) / len(silent),
             "group/diversity": math.fsum(distances) / len(distances),
             "group/largest_advantage": float(advantages.abs().max()),
+        }
+
+    def _cost_of_judging(self, told: dict[str, float], seconds: float) -> dict[str, float]:
+        """What was asked for one update, and the judges' time as a share of the step that drew the rollout."""
+        calls = [told.get(f"reward/{name}/calls", 0.0) for name in self.desk.names]
+        judging = math.fsum(told[f"time/{name}"] for name in self.desk.names) / self.accelerator.num_processes
+        return {
+            "reward/calls_per_update": math.fsum(calls) / self.config.updates_per_rollout,
+            "time/judging_share": judging / seconds,
         }
 
     def _prepare_holdout(self) -> None:

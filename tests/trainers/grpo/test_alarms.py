@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from diffalign.trainers.grpo.alarms import GRPO_CHECKS
@@ -53,6 +55,51 @@ def test_a_judge_without_scores_can_show_a_hacked_run_too():
 def test_vanishing_spread():
     assert fired(run(silent=0.6))[0] == ["no_spread"]
     assert fired(run(silent=0.3))[0] == []
+
+
+@pytest.mark.parametrize("name", ["reward/clip/score_spread", "reward/judge/spread_of_reward"])
+def test_a_spread_that_fades_without_exact_ties(name):
+    """Raw scores where there are some: win rates of scores that all but agree are as far apart as ever."""
+
+    def rows(left):
+        for step, row in enumerate(run(), 1):
+            yield row | {"reward/clip/spread_of_reward": 0.3, name: 0.2 * (1.0 if step <= 25 else left)}
+
+    names, alarms = fired(rows(1e-4))
+    assert names == ["no_spread"] and f"{name.split('/')[1]} 0.05" in alarms[0].message
+    assert fired(rows(1.0))[0] == []
+    assert fired(rows(0.3))[0] == []
+
+
+def slow_fall():
+    return run(600, diversity=lambda step: 0.3 * (1 - 0.8 * step / 600))
+
+
+def test_a_slow_collapse_is_seen_against_the_start():
+    names, alarms = fired(slow_fall())
+    assert names == ["collapse"]
+    assert 380 < alarms[0].step < 420  # where half of the diversity is gone
+
+
+def test_a_resumed_run_remembers_its_start():
+    monitor = HealthMonitor(window=20, checks=GRPO_CHECKS)
+    rows = list(slow_fall())
+    for step, row in enumerate(rows[:200], 1):
+        assert monitor.update(step, row) == []
+    again = HealthMonitor(window=20, checks=GRPO_CHECKS)
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    later = [alarm for step, row in enumerate(rows[200:], 201) for alarm in again.update(step, row)]
+    assert [(alarm.name, alarm.step) for alarm in later] == [(a.name, a.step) for a in fired(rows)[1]]
+    assert later[0].name == "collapse"
+
+
+def test_a_single_picture_proves_nothing():
+    """One picture has no standard error, so no change of it is significant."""
+    rows = list(run(trained=0.8, unseen=-0.5))
+    for row in rows:
+        for name in ("training-pickscore", "clip"):
+            row.pop(f"holdout/{name}_error", None)
+    assert fired(rows)[0] == []
 
 
 def test_collapse():

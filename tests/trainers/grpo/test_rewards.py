@@ -15,7 +15,14 @@ from diffalign.errors import CheckpointError, ConfigError
 from diffalign.trainers import PrefGRPOConfig
 from diffalign.trainers.grpo import holdout, rewards
 from diffalign.trainers.grpo.record import Rollout, judge_metrics
-from diffalign.trainers.grpo.rewards import GroupReward, RewardDesk, down_everywhere, judge_is_down, labels
+from diffalign.trainers.grpo.rewards import (
+    GroupReward,
+    RewardDesk,
+    Silence,
+    down_for_good,
+    judge_is_down,
+    labels,
+)
 from diffalign.trainers.grpo.rollouts import Chunk, Moment, Plan, Sample
 from reward_models import FunctionRewardModel
 from reward_models.errors import RewardModelError
@@ -42,10 +49,10 @@ def test_a_models_own_timeout_is_a_failure_and_not_a_late_answer():
 
     desk = desk_of(FunctionRewardModel(unreachable), FunctionRewardModel(brightness))
     found = desk.collect(submit(desk))
-    assert found.down == {"unreachable": "the server did not answer"}
+    assert found.down == {"unreachable": Silence("the server did not answer", 1)}
     assert not any(result.timed_out for results in found.rewards.values() for result in results)
     assert found.rewards[1][1].reward.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert "unreachable: the server did not answer" in str(judge_is_down(found.down, "here"))
+    assert "unreachable: the server did not answer" in str(judge_is_down(down_for_good([found.down]), "here"))
 
 
 def test_nobody_is_asked_about_a_group_that_was_given_up(monkeypatch):
@@ -91,7 +98,8 @@ def test_a_judge_that_hangs_for_good_pauses_the_run(monkeypatch):
 
     desk = desk_of(FunctionRewardModel(stuck), reward_timeout=0.2, judge_patience=0.1)
     assert desk.collect(submit(desk)).down == {}
-    assert desk.collect(submit(desk)).down == {"stuck": "it answered about no group within reward_timeout=0.2 seconds"}
+    (down,) = desk.collect(submit(desk)).down.values()
+    assert down == Silence("it answered about no group within reward_timeout=0.2 seconds", 2)
     hangs[0], desk.config.reward_timeout = False, 600.0
     assert not any(result.timed_out for (result,) in desk.collect(submit(desk)).rewards.values())
     hangs[0], desk.config.reward_timeout = True, 0.2
@@ -99,18 +107,38 @@ def test_a_judge_that_hangs_for_good_pauses_the_run(monkeypatch):
     release.set()
 
 
-def test_the_reason_of_a_pause_is_the_judges_own():
-    class Mute(Judge):
-        def __init__(self):
-            super().__init__()
-            self.statistics = JudgeStatistics(failures=Counter({"truncated": 99}))  # of before: no reason now
+class Mute(Judge):
+    """Answers nothing, and keeps count of why."""
 
-        def compare(self, pairs, prompts):
-            self.statistics.failures.update({"no answer": len(pairs)})
-            return torch.full((len(pairs),), float("nan"))
+    def __init__(self):
+        super().__init__()
+        self.statistics = JudgeStatistics(failures=Counter({"truncated": 99}))  # of before: no reason now
 
+    def compare(self, pairs, prompts):
+        self.statistics.failures.update({"no answer": len(pairs)})
+        return torch.full((len(pairs),), float("nan"))
+
+
+def test_a_judge_that_has_nothing_to_say_once_is_not_down(caplog):
+    """A hard prompt may be all there is in a rollout; a judge that stays silent is down, for a reason of its own."""
     desk = desk_of(Mute())
-    assert desk.collect(submit(desk)).down == {"judge": "it gave no usable answer to any group (no answer, 24 times)"}
+    reason = "it gave no usable answer to any group (no answer, 24 times)"
+    first = desk.collect(submit(desk))
+    assert first.down == {} and f"judge: {reason}" in caplog.text
+    assert [result.stats["missing"] for (result,) in first.rewards.values()] == [1.0, 1.0]
+    assert desk.collect(submit(desk)).down == {"judge": Silence(reason, 2)}
+    assert desk.collect(submit(desk)).down == {"judge": Silence(reason, 3)}
+
+
+def test_silence_is_counted_in_a_row():
+    says = iter([float("nan"), 0.9, float("nan")])
+
+    class Moody(Judge):
+        def compare(self, pairs, prompts):
+            return torch.full((len(pairs),), next(says))
+
+    desk = desk_of(Moody())
+    assert [desk.collect(submit(desk, 1)).down for _ in range(3)] == [{}, {}, {}]
 
 
 def test_a_judge_that_asks_both_orders_itself_tells_what_it_saw():
@@ -142,14 +170,16 @@ def test_a_judge_that_asks_both_orders_itself_tells_what_it_saw():
     assert "disagreement" not in stats and "questions" not in stats, "one order cannot disagree"
 
 
-def test_a_model_that_is_silent_to_one_process_alone_is_not_down():
-    assert down_everywhere([{"judge": "refused"}, {}]) == {}
-    assert down_everywhere([{"judge": "refused"}, {"judge": "gone", "other": "gone"}]) == {"judge": "refused"}
-    assert down_everywhere([]) == {}
+def test_a_model_that_is_silent_to_one_process_alone_is_not_down_at_once():
+    once, thrice = Silence("refused", 1), Silence("refused", 3)
+    assert down_for_good([{"judge": once}, {}]) == {}
+    assert down_for_good([{"judge": once}, {"judge": Silence("gone", 2), "other": once}]) == {"judge": "refused"}
+    assert down_for_good([]) == {}
+    assert down_for_good([{}, {"judge": thrice}]) == {"judge": "refused"}, "its groups would never be learnt from"
 
 
-def measured(monkeypatch, folder, base, drawn, *, training, unseen) -> dict[str, float]:
-    """What a hold-out says of these pictures."""
+def held_out(monkeypatch, folder, base, drawn, *, training=(), unseen=(), **settings) -> holdout.Holdout:
+    """A hold-out of these pictures, prepared."""
 
     class Pictures:
         base_images = base
@@ -165,19 +195,61 @@ def measured(monkeypatch, folder, base, drawn, *, training, unseen) -> dict[str,
 
     monkeypatch.setattr(holdout, "Validation", Pictures)
     prompts = SimpleNamespace(batch=lambda texts: {}, unconditional=lambda: {})
-    config, accelerator = PrefGRPOConfig(max_steps=1), SimpleNamespace(autocast=None)
-    texts = ["a star", "a ring"]
+    config, accelerator = PrefGRPOConfig(max_steps=1, **settings), SimpleNamespace(autocast=None)
+    texts = ["a star", "a ring"][: len(drawn)]
     scores = holdout.Holdout(None, texts, prompts, config, folder, accelerator, training=training, unseen=unseen)
     scores.prepare(None, resumed=False)
-    return scores.measure(None, 20)
+    return scores
+
+
+def measured(*arguments, training, unseen) -> dict[str, float]:
+    """What a hold-out says of these pictures."""
+    return held_out(*arguments, training=training, unseen=unseen).measure(None, 20)
 
 
 def test_a_hold_outs_change_is_paired_and_has_the_standard_error_of_its_mean(tmp_path, monkeypatch):
     model = FunctionRewardModel(brightness)
     values = measured(monkeypatch, tmp_path, IMAGES[:2], [IMAGES[2], IMAGES[1]], training=[], unseen=[model])
     assert values == pytest.approx(
-        {"holdout/brightness": 75.0, "holdout/brightness_change": 50.0, "holdout/brightness_error": 50 / 2**0.5}
-    )
+        {"holdout/brightness": 75.0, "holdout/brightness_change": 50.0, "holdout/brightness_error": 50.0}
+    )  # of changes 100 and 0, whose sample deviation is 100 / sqrt(2)
+
+
+def test_a_single_hold_out_picture_has_no_standard_error(tmp_path, monkeypatch):
+    model = FunctionRewardModel(brightness)
+    values = measured(monkeypatch, tmp_path, IMAGES[:1], IMAGES[2:3], training=[], unseen=[model])
+    assert values == {"holdout/brightness": 100.0, "holdout/brightness_change": 100.0}
+
+
+def test_a_hold_out_scorer_that_is_away_at_first_is_asked_again(tmp_path, monkeypatch, caplog):
+    asked = []
+
+    def late(images, prompts):
+        asked.append(images)
+        if len(asked) == 1:
+            raise ConnectionError("not up yet")
+        return brightness(images, prompts)
+
+    scores = held_out(monkeypatch, tmp_path, IMAGES[:2], IMAGES[2:], unseen=[FunctionRewardModel(late)])
+    assert scores.measure(None, 10) == {} and "late: not up yet" in caplog.text
+    assert scores.measure(None, 20)["holdout/late_change"] == 100.0
+    scores.measure(None, 30)
+    assert len(asked) == 4, "the base's pictures are scored once"
+
+
+def test_a_hold_out_scorer_that_hangs_costs_its_own_numbers_only(tmp_path, monkeypatch, caplog):
+    release = threading.Event()
+
+    def stuck(images, prompts):
+        release.wait(600)
+        return brightness(images, prompts)
+
+    models = [FunctionRewardModel(stuck), FunctionRewardModel(brightness)]
+    scores = held_out(monkeypatch, tmp_path, IMAGES[:2], IMAGES[2:], unseen=models, reward_timeout=1.0)
+    values = scores.measure(None, 20)
+    release.set()
+    assert values["holdout/brightness_change"] == 100.0 and "holdout/stuck" not in values
+    assert "stuck: no answer within 1 seconds" in caplog.text
 
 
 def test_a_judge_that_prefers_a_place_sees_no_change(tmp_path, monkeypatch):
@@ -203,6 +275,12 @@ def test_a_judge_that_only_compares_is_never_asked_for_scores(tmp_path, monkeypa
     assert values == {"holdout/training-judge_change": 0.5, "holdout/training-judge_error": 0.0}
     with pytest.raises(ConfigError, match="judge only compares"):
         desk_of(Thinking(), reward="score")
+
+
+def test_a_tie_margin_needs_scores():
+    with pytest.raises(ConfigError, match="tie_margin=0.1 has no effect.*judge compares"):
+        desk_of(Judge(), tie_margin=0.1)
+    assert desk_of(Judge(), FunctionRewardModel(brightness), tie_margin=0.1).names == ["judge", "brightness"]
 
 
 def test_what_judges_did_is_added_up_or_averaged_over_groups():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,9 +69,12 @@ def test_the_ratio_is_exactly_one_in_half_precision_too(make, family):
 @pytest.mark.parametrize("ratio_norm", [False, True])
 def test_every_sampler_trains(make, family, sampler, ratio_norm):
     settings = {"sampler": sampler, "ratio_norm": ratio_norm, "updates_per_rollout": 2, "max_steps": 2}
-    metrics = make(FAMILIES[family](), learning_rate=1e-3, **settings).train()["metrics"]
-    assert metrics["ratio"] != 1.0  # the second update of the rollout
-    assert metrics["ratio"] == pytest.approx(1.0, abs=0.1)
+    trainer = make(FAMILIES[family](), learning_rate=1e-3, **settings)
+    trainer.train()
+    first, second = map(json.loads, (trainer.output_dir / "metrics.jsonl").read_text().splitlines())
+    assert first["log_ratio"] == 0.0 and first["ratio"] == 1.0
+    assert second["ratio"] != 1.0  # the second update of the rollout
+    assert second["ratio"] == pytest.approx(1.0, abs=0.1)
 
 
 def test_what_is_replayed_must_be_what_was_drawn(make):
@@ -166,6 +171,8 @@ def test_windows(make):
         assert [step.index for step in random.plan(i).steps if step.std > 0] == trained
     with pytest.raises(ConfigError, match="none is left"):
         make(sampling_steps=2)
+    with pytest.raises(ConfigError, match=r"steps \[3\] of cps end without noise"):  # where the window gets later
+        make(tiny_sd3(), sampler="cps", final_steps=0, sde_window=2, sde_window_moves="sliding")
 
 
 def test_detached_guidance_has_the_conditional_gradient(make):
