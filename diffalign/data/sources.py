@@ -28,6 +28,7 @@ from ..errors import DataError
 from .images import content_hash
 
 SCORE_RANGES = "score_ranges.json"
+GENERATION_REPORT = "generation_report.json"  # beside a table that the generator made: what decided it
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PICTURES = {"images", "jpg_0", "jpg_1"}
 Cells = dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import yaml
 
 from ..data.judgement import read_scores
-from ..data.sources import SCORE_RANGES, open_table
+from ..data.sources import GENERATION_REPORT, SCORE_RANGES, open_table
 from ..errors import DataError
 
 TRAINED_ON, RELATED, HOLD_OUT, UNKNOWN = "trained-on", "related", "hold-out", "unknown"
@@ -26,7 +26,6 @@ MEANING = {
     UNKNOWN: "training is not recorded",
 }
 
-GENERATION_REPORT = "generation_report.json"  # of a table that the generator made
 VOTE_SCORE = "vote"  # in tables of people's votes; the other scores there are notes, and decided nothing
 
 #: Scores that are one judge in several forms, and what a setting calls it.

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..data.files import atomic_file
-from ..data.sources import SCORE_RANGES
+from ..data.sources import GENERATION_REPORT, SCORE_RANGES
 from ..errors import DataError
 from ..pipelines.hub import model_licence
 from .artists import licence_of, model_name, resolved_revision
@@ -23,7 +23,7 @@ from .prompts import PromptPlan
 from .store import FORMAT, Store, read_json, write_json
 
 log = logging.getLogger(__name__)
-MANIFEST, REPORT = "manifest.json", "generation_report.json"
+MANIFEST = "manifest.json"
 
 
 def finish_run(config: GenerationConfig, store: Store, plan: PromptPlan, shards: int, seconds: float) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def finish_run(config: GenerationConfig, store: Store, plan: PromptPlan, shards:
     report = summarise(store.folder, shards, config, extra)
     if config.push_to_hub is not None:
         report["hub"] = push_table(store.folder, config.push_to_hub, private=config.hub_private)
-        write_json(store.folder / REPORT, report)
+        write_json(store.folder / GENERATION_REPORT, report)
     return report
 
 
@@ -88,7 +88,7 @@ def summarise(folder: Path, shards: int, config: RankingConfig, extra: Mapping[s
             **{key: extra[key] for key in ("seed", "rank_by", "pipelines") if key in extra},
         },
     )
-    write_json(folder / REPORT, report)
+    write_json(folder / GENERATION_REPORT, report)
     if not report["rows"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in report["set_aside"].items())
         raise DataError(f"{folder}: no prompt could be ranked ({reasons}). Its pictures are kept in set_aside.")
