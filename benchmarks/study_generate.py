@@ -252,7 +252,9 @@ def arm_lines(arms: dict[str, Any]) -> list[str]:
         for score in SCORES:
             above = scores[score].get("above_small")
             cells += [f"**{signed(scores[score]['difference'])}**", signed(above) if above else ""]
-        lines.append(f"| {ARMS[name].title} | {' | '.join(cells)} |")
+        arm = ARMS[name]
+        settings = f" (`{' '.join(arm.overrides)}`)" if arm.overrides else ""
+        lines.append(f"| {arm.title}{settings} | {' | '.join(cells)} |")
     return lines
 
 

@@ -104,7 +104,7 @@ def test_a_finished_stage_keeps_its_time_and_a_killed_one_says_so(study, tmp_pat
 
 def test_arms_are_paired_by_prompt_with_the_small_set(study, tmp_path):
     places = {"quickstart": "quickstart"} | {name: f"{name}/evaluation" for name in list(study.ARMS)[1:]}
-    gains = {"quickstart": 0.25, "rankdpo-small": 0.5, "dpo": 0.75, "rankdpo": 1.0}
+    gains = {"quickstart": 0.25, "rankdpo-small": 0.5, "dpo": 0.75, "rankdpo": 1.0, "rankdpo-small-long": 0.125}
     prompts = [f"p{number}" for number in range(8)]
     for name, place in places.items():
         (tmp_path / place).mkdir(parents=True)
@@ -119,4 +119,5 @@ def test_arms_are_paired_by_prompt_with_the_small_set(study, tmp_path):
     assert arms["dpo"]["shapes"]["above_small"]["mean"] == pytest.approx(0.5)
     assert arms["rankdpo"]["shapes-strict"]["above_small"]["mean"] == pytest.approx(0.5)
     lines = "\n".join(study.arm_lines(arms))
-    assert "| DPO, this table | **+0.750 [+0.750, +0.750]** | +0.500 [+0.500, +0.500] |" in lines
+    numbers = "**+0.750 [+0.750, +0.750]** | +0.500 [+0.500, +0.500] |"
+    assert f"| DPO, this table (`min_margin=0.12 max_steps=1000`) | {numbers}" in lines
