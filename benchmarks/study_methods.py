@@ -60,15 +60,18 @@ ARMS = {
     "dpo": Arm("Diffusion-DPO", "shapes-dpo"),
     "mapo": Arm("MaPO", "shapes-mapo"),
     "smpo": Arm("SmPO", "shapes-smpo"),
-    "rankdpo": Arm("RankDPO", "shapes-rankdpo"),
+    "rankdpo": Arm("RankDPO", "shapes-rankdpo", beside="dpo"),
     "sft": Arm("SFT on the winners (control)", "shapes-sft"),
     "shuffled": Arm("DPO on shuffled preferences (control)", "shapes-dpo", data="shuffled"),
     # Ablations. SmPO with hard labels and random noise is DPO, bit for bit.
-    "smpo-inverted": Arm("SmPO, inverted noise", "shapes-smpo", ("inversion_steps=5",), beside="smpo"),
+    # With eight draws a row, as for random noise, its inversions alone would take twenty minutes of a core.
+    "smpo-inverted": Arm(
+        "SmPO, inverted noise", "shapes-smpo", ("inversion_steps=5", "precompute_reference=3"), beside="smpo"
+    ),
     "smpo-inverted-hard": Arm(
         "SmPO, inverted noise, hard labels",
         "shapes-smpo",
-        ("inversion_steps=5", "score=null", "gamma=1"),
+        ("inversion_steps=5", "precompute_reference=3", "score=null", "gamma=1"),
         beside="smpo-inverted",
     ),
     "rankdpo-plain": Arm("RankDPO without weights", "shapes-rankdpo", ("weighting=none",), beside="rankdpo"),
