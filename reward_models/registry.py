@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, cast
@@ -49,7 +50,8 @@ def load_reward_model(
             ``package.module:function``, each with options behind it as ``name?option=value&option=value`` (values as in
             YAML; ``dtype`` is fp32, fp16 or bf16); a class, a scoring function ``f(images, prompts) -> scores``, or a
             ready model, which comes back as it is.
-        device: where a model with weights runs. Models that have none run on the CPU whatever is asked.
+        device: where a model with weights runs, unless its name says so (``clip?device=cuda:1``). Models that have none
+            run on the CPU whatever is asked.
         dtype: precision of the weights; refused by models that have none.
         revision: revision of weights from the hub; refused by models that have none.
         options: the model's own options.
@@ -67,7 +69,7 @@ def load_reward_model(
     if inspect.isclass(target):
         accepted, needed = _parameters(target)
         if device is not None and "device" in accepted:
-            options["device"] = device
+            options.setdefault("device", device)  # one that is written behind the name is meant for this model
         _refuse_unknown(label, options, accepted)
         if absent := [name for name in needed if name not in options]:
             raise RewardModelError(f"the reward model {label} needs the option {', '.join(absent)}.")
@@ -142,6 +144,8 @@ def _read_option(key: str, text: str) -> Any:
         if text not in DTYPES:
             raise RewardModelError(f"dtype: expected {', '.join(DTYPES)}, got {text!r}.")
         return DTYPES[text]
+    if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text):  # 1e-3, which YAML 1.1 takes for text
+        return float(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -36,6 +36,11 @@ class Redness(BaseRewardModel):
         ]
 
 
+class Placed(Redness):
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+
 def brightness(images, prompts):
     return [sum(image.getpixel((0, 0))) for image in images]
 
@@ -102,6 +107,9 @@ def test_options_may_be_written_behind_a_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "users_scorers", sys.modules[__name__])
     assert load_reward_model("users_scorers:Redness?scale=2.5").scale == 2.5
     assert load_reward_model("users_scorers:Redness?scale=2.5", scale=3.0).scale == 3.0
+    assert load_reward_model("users_scorers:Redness?scale=1e-3").scale == 1e-3
+    assert load_reward_model("users_scorers:Placed?device=cuda:1", device="cpu").device == "cuda:1"
+    assert load_reward_model("users_scorers:Placed", device="cpu").device == "cpu"
     assert registry.split_options("clip?dtype=fp16&tag=null") == ("clip", {"dtype": torch.float16, "tag": None})
 
 
