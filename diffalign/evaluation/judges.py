@@ -161,6 +161,7 @@ class ServerPointJudge:
             concurrency=concurrency,
         )
         self.model, self.template = model, template or QUESTION
+        self._ever_answered = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -172,14 +173,17 @@ class ServerPointJudge:
         """Answers, None where there is none.
 
         Raises:
-            RewardModelError: the server refuses every question for a reason that will not pass, or cannot be reached.
+            RewardModelError: the server cannot be reached, or refuses address, key or name, and nothing was ever
+                answered. A single question that it cannot take has no answer, and ends nothing.
         """
         calls = [partial(self._request, *three) for three in zip(images, prompts, points, strict=True)]
         replies = self.connection.exchange(calls)
-        if calls and all(isinstance(reply, Refused) for reply in replies):
+        self._ever_answered |= any(not isinstance(reply, Refused) for reply in replies)
+        shut = [reply for reply in replies if isinstance(reply, Refused) and (reply.again or reply.hopeless)]
+        if shut and not self._ever_answered:
             raise RewardModelError(
-                f"{self.connection.url} answered none of {len(calls)} questions ({replies[0]}); check its address, the "
-                f"model's name and {API_KEY}."
+                f"{self.connection.url} answers no question ({shut[0]}); check its address, the model's name and "
+                f"{API_KEY}."
             )
         return [_content(reply) for reply in replies]
 

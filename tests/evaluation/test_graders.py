@@ -190,6 +190,9 @@ def server():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if "nowhere" in self.path:
+                self.send_error(404)
+                return
             asked.append(body)
             text = body["messages"][0]["content"][0]["text"]
             if "broken" in text:
@@ -224,10 +227,18 @@ def test_a_judge_behind_a_server_answers_points_and_its_failures_are_missing(ser
     assert "2. Attribute - Color: a red hat" in text["text"] and picture["image_url"]["url"].startswith(
         "data:image/png"
     )
-    with pytest.raises(RewardModelError, match="none of 2 questions.*REWARD_MODEL_API_KEY"):
-        grader.grade([BLANK] * 2, [("broken", POINTS)] * 2)
+    # a picture that the server cannot take must not end an evaluation that only this one is left of
+    assert UniGenBenchGrader(ServerPointJudge(address, "m", retries=0)).grade([BLANK], items[2:]) == [None]
     by_name = load_grader(f"{address}#m", "unigenbench:x")
     assert by_name.grade([BLANK], items[:1]) == [[1.0, 0.0]]
+
+
+def test_a_judge_that_is_not_there_is_said_at_once(server):
+    """Not after hours of drawing, with every answer missing."""
+    address, _ = server
+    for url in (f"{address}/nowhere", "http://127.0.0.1:9/v1"):
+        with pytest.raises(RewardModelError, match="answers no question.*REWARD_MODEL_API_KEY"):
+            ServerPointJudge(url, "m", retries=0)([BLANK], ["a hat"], [POINTS])
 
 
 @pytest.mark.parametrize(
