@@ -11,7 +11,17 @@ import pytest
 
 from diffalign.data import PreferenceDataset, load_preferences
 from diffalign.shapes import render, sample_caption
-from diffalign.trainers import DPOConfig, DPOTrainer, PreferenceTrainer
+from diffalign.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    PreferenceTrainer,
+    RankDPOConfig,
+    RankDPOTrainer,
+    SmPOConfig,
+    SmPOTrainer,
+)
 from tests.tiny import tiny_sdxl
 
 
@@ -45,3 +55,30 @@ def make_trainer(tmp_path: Path, table: PreferenceDataset) -> Callable[..., Pref
         return cls(pipeline or tiny_sdxl(), config(**(defaults | settings)), train_dataset=dataset or table)
 
     return make
+
+
+METHODS = {
+    "dpo": (DPOTrainer, DPOConfig, {}),
+    "mapo": (MaPOTrainer, MaPOConfig, {}),
+    "smpo": (SmPOTrainer, SmPOConfig, {"inversion_steps": 3}),
+    "rankdpo": (RankDPOTrainer, RankDPOConfig, {}),
+}
+
+
+def scored_rows(count: int = 4, candidates: int = 4) -> list[dict]:
+    rows = preference_rows(count, candidates)
+    for row in rows:
+        row["scores"] = {"clip": [0.1 * value for value in row["preference"]]}
+    return rows
+
+
+@pytest.fixture
+def make(make_trainer, tmp_path):
+    def build(method: str, folder: str = "run", pipeline=None, **settings):
+        cls, config, own = METHODS[method]
+        settings = {"output_dir": str(tmp_path / folder), "adapter": "none", "learning_rate": 1e-3, **own, **settings}
+        return make_trainer(
+            pipeline, settings.pop("dataset", None) or scored_rows(), cls=cls, config=config, **settings
+        )
+
+    return build
