@@ -10,8 +10,7 @@ import torch
 from diffalign.data import load_preferences
 from diffalign.data.pairs import Example
 from diffalign.errors import CheckpointError
-from tests.trainers.conftest import preference_rows
-from tests.trainers.test_methods import METHODS, make, scored_rows  # noqa: F401 (a fixture)
+from tests.trainers.conftest import METHODS, preference_rows
 
 
 def test_an_example_reversed():
@@ -22,7 +21,7 @@ def test_an_example_reversed():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_negative_trains_on_the_pair_the_other_way_round(make, method):  # noqa: F811
+def test_negative_trains_on_the_pair_the_other_way_round(make, method):
     """The same draws, first and last image exchanged; DPO starts at ln 2 whichever is preferred."""
     settings = {"draws_per_row": 1, "batch_size": 4} | ({"score": "clip"} if method == "smpo" else {})
     plain, negative = make(method, "plain", **settings), make(method, "negative", negative=True, **settings)
@@ -44,14 +43,14 @@ def test_negative_trains_on_the_pair_the_other_way_round(make, method):  # noqa:
         assert math.isclose(negative.optimizer_step()["loss"], math.log(2), rel_tol=1e-6)
 
 
-def test_ties_are_dropped(make):  # noqa: F811
+def test_ties_are_dropped(make):
     rows = preference_rows(3)
     rows[0]["preference"] = [0.5, 0.5]
     trainer = make("dpo", negative=True, dataset=load_preferences(rows))
     assert len(trainer.examples) == 2 and all(example.margin > 0 for example in trainer.examples)
 
 
-def test_a_run_is_not_continued_the_other_way_round(make):  # noqa: F811
+def test_a_run_is_not_continued_the_other_way_round(make):
     make("dpo", max_steps=1).train()
     with pytest.raises(CheckpointError, match="its negative is None, this run's is True.*same data, negative"):
         make("dpo", max_steps=2, resume="latest", negative=True).train()
