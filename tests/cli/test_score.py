@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import multiprocessing
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from diffalign.evaluation import scores
 from diffalign.shapes import parse, render, sample_captions
 from diffalign.shapes.scorer import ShapesScorer
 from reward_models import BaseRewardModel
+from tests import children
 
 CAPTIONS = sample_captions(4, seed=5)
 HERE = "tests.cli.test_score:"
@@ -234,22 +234,25 @@ class Slow(Brightness):
         return super().score_batch(images, prompts)
 
 
+def score_slowly(arguments: list[str], notes: Path, answers: int) -> None:
+    """In a child: every two scores are saved, and after some answers there are no more."""
+    scores._AT_ONCE, scores._SAVE_EVERY = 2, 0.0
+    Slow.notes, Slow.answers = notes, answers
+    main(arguments)
+
+
 def test_a_killed_command_continues_with_what_is_missing(tmp_path, monkeypatch, capsys):
     (source, _), output = as_folder_with_texts(tmp_path / "pictures"), tmp_path / "scores.parquet"
     arguments = ["score", str(source), "--model", f"slow={HERE}Slow", "--output", str(output)]
     monkeypatch.setattr(scores, "_AT_ONCE", 2)
-    monkeypatch.setattr(scores, "_SAVE_EVERY", 0.0)
     monkeypatch.setattr(Slow, "notes", tmp_path / "asked", raising=False)
-    monkeypatch.setattr(Slow, "answers", 4)
     kept = tmp_path / "scores.parquet.parts" / "slow.json"
-    first = multiprocessing.get_context("fork").Process(target=main, args=(arguments,))  # spares the imports
-    first.start()
+    first = children.start(score_slowly, arguments, Slow.notes, 4)
     while not (Slow.notes.exists() and len(Slow.notes.read_text()) == 6):
         assert first.is_alive()
         time.sleep(0.02)
     first.kill()  # SIGKILL
-    first.join()
-    assert first.exitcode == -signal.SIGKILL and not output.exists()
+    assert children.wait(first) == -signal.SIGKILL and not output.exists()
     stored, before = len(json.loads(kept.read_text())["values"]), len(Slow.notes.read_text())
     assert (stored, before) == (4, 6)
     monkeypatch.setattr(Slow, "answers", 100)

@@ -14,6 +14,7 @@ import torch
 
 from diffalign.data.cache import TensorCache, as_exact_half
 from diffalign.errors import DataError
+from tests import children
 
 MANIFEST = {"kind": "latents", "encoder": "abc", "variant": "fp32"}
 
@@ -54,14 +55,13 @@ def test_shards_of_another_process_appear_after_a_refresh(tmp_path: Path) -> Non
     assert torch.equal(mine.get("k"), torch.ones(2))
 
 
+def keep_three_and_die(folder: Path) -> None:
+    filled(folder, 0, 3).put({"lost": torch.ones(1)})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_kill_loses_only_what_was_not_flushed(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            filled(tmp_path, 0, 3).put({"lost": torch.ones(1)})
-        finally:
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert children.wait(children.start(keep_three_and_die, tmp_path)) == -signal.SIGKILL
     cache = TensorCache(tmp_path, MANIFEST)
     assert sorted(cache) == ["k0", "k1", "k2"]
 

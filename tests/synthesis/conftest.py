@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from diffalign.synthesis.config import GenerationConfig, parse
 from diffalign.synthesis.run import generate
+from tests import children
 from tests.tiny import tiny_sd
 
 PROMPTS = ["a cat", "a dog", "a bird", "two dogs", "a red fish"]
@@ -89,14 +90,12 @@ def table_bytes(folder: str | Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for name in names for p in sorted(Path(folder).glob(name))}
 
 
-def child(config: GenerationConfig, before: Callable[[], None] | None = None, **options: Any) -> Any:
-    """A started process that runs the generator. It is forked: imports cost seconds, and need not be repeated."""
+def child(config: GenerationConfig, before: Callable[[], None] | None = None, **options: Any) -> BaseProcess:
+    """A started child that runs the generator, after ``before``."""
+    return children.start(_generate, config, before, options)
 
-    def work() -> None:
-        if before is not None:
-            before()
-        generate(config, **options)
 
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
+def _generate(config: GenerationConfig, before: Callable[[], None] | None, options: dict[str, Any]) -> None:
+    if before is not None:
+        before()
+    generate(config, **options)

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -26,28 +28,40 @@ from safetensors.torch import load_file, save_file
 from diffalign.data import check_preferences, load_preferences, store_score_ranges
 from diffalign.errors import ConfigError, DataError
 from diffalign.synthesis.artists import Artist
-from diffalign.synthesis.config import dump
+from diffalign.synthesis.config import GenerationConfig, dump
 from diffalign.synthesis.run import generate
+from tests import children
 from tests.synthesis.conftest import JUDGES, PROMPTS, child, table_bytes
 from tests.synthesis.judges import red
 
 ROOT = Path(__file__).parents[2]
 
 
-def kill_at(write: int, how: signal.Signals = signal.SIGKILL):
-    """Makes the process kill (or stop) itself in the middle of writing its n-th file."""
+def kill_at(write: int, how: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """Makes a process kill (or stop) itself in the middle of writing its n-th file."""
+    return partial(_kill_at, write, how)
 
-    def install() -> None:
-        fsync, count = os.fsync, iter(range(1, 10**6))
 
-        def counting(descriptor):
-            if next(count) == write:
-                os.kill(os.getpid(), how)
-            fsync(descriptor)
+def _kill_at(write: int, how: signal.Signals) -> None:
+    fsync, count = os.fsync, iter(range(1, 10**6))
 
-        os.fsync = counting
+    def counting(descriptor):
+        if next(count) == write:
+            os.kill(os.getpid(), how)
+        fsync(descriptor)
 
-    return install
+    os.fsync = counting
+
+
+def on_a_full_disk(config: GenerationConfig, said: Path) -> None:
+    """Runs the generator and notes its error. A limit on file size stands for the full disk: the write itself fails."""
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - what is captured of the parent's output is a file too
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+    try:
+        generate(config)
+    except DataError as error:
+        said.write_text(str(error))
 
 
 # --- what it writes ----------------------------------------------------------------------------------------------
@@ -142,9 +156,7 @@ def test_a_finished_run_started_again_does_nothing(own_clean, monkeypatch):
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(clean, settings, mode, writes):
     config = settings("killed", load_models=mode)
     for write in writes:
-        process = child(config, kill_at(write))
-        process.join(300)
-        assert process.exitcode == -signal.SIGKILL
+        assert children.wait(child(config, kill_at(write))) == -signal.SIGKILL
     generate(config)
     assert table_bytes(config.output_dir) == table_bytes(clean[0].output_dir)
     assert not list(Path(config.output_dir).rglob("*.tmp"))
@@ -179,8 +191,7 @@ def test_twenty_kills_at_random_times(clean, settings):
             process.join()
         killed += 1
         if killed % 5 == 0:  # now and then it gets a little further
-            process = child(config, kill_at(5))
-            process.join()
+            children.wait(child(config, kill_at(5)))
     generate(config)
     assert table_bytes(config.output_dir) == table_bytes(clean[0].output_dir)
 
@@ -189,9 +200,7 @@ def test_two_processes_give_what_one_gives(clean, settings):
     config = settings("shared")
     second = child(config, process=1, processes=2)
     first = child(config, process=0, processes=2)
-    for process in (first, second):
-        process.join(300)
-        assert process.exitcode == 0
+    assert [children.wait(process) for process in (first, second)] == [0, 0]
     assert table_bytes(config.output_dir) == table_bytes(clean[0].output_dir)
 
 
@@ -218,14 +227,13 @@ def test_process_0_reports_no_damaged_shard_of_another(own_clean, monkeypatch):
 def test_two_runs_in_one_folder_are_refused(settings):
     config = settings("shared")
     process = child(config, kill_at(4, signal.SIGSTOP))
-    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    children.wait_until_stopped(process)
     try:
         with pytest.raises(ConfigError, match=rf"another run .*process {process.pid}"):
             generate(config)
     finally:
         os.kill(process.pid, signal.SIGCONT)
-    process.join(300)
-    assert process.exitcode == 0
+    assert children.wait(process) == 0
     assert generate(config)["rows"] == 5
 
 
@@ -233,14 +241,13 @@ def test_processes_that_share_the_work_differently_are_refused(settings):
     """Process 1 of 2 holds a lock of its own, yet the run of one process would draw what it draws."""
     config = settings("mixed")
     alone = child(config, kill_at(4, signal.SIGSTOP))
-    assert os.WIFSTOPPED(os.waitpid(alone.pid, os.WUNTRACED)[1])
+    children.wait_until_stopped(alone)
     try:
         with pytest.raises(ConfigError, match=rf"another run .*process {alone.pid}.*0 of 1.*this is 1 of 2"):
             generate(config, process=1, processes=2)
     finally:
         os.kill(alone.pid, signal.SIGCONT)
-    alone.join(300)
-    assert alone.exitcode == 0
+    assert children.wait(alone) == 0
     assert generate(config, process=1, processes=2) is None  # it is gone, and left nothing to do
 
 
@@ -283,22 +290,11 @@ def test_a_shard_cut_in_half_is_made_again(own_clean):
 
 
 def test_a_full_disk_is_one_error_and_loses_nothing(clean, settings, tmp_path):
-    """A limit on file size stands for the full disk: the write itself fails."""
     config = settings("full")
-    child(config, kill_at(6)).join(300)
+    assert children.wait(child(config, kill_at(6))) == -signal.SIGKILL
     kept = table_bytes(config.output_dir)
     said = tmp_path / "said.txt"
-
-    def fill_the_disk():
-        """In the child alone: what is captured of the parent's output is a file too."""
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
-        with pytest.raises(DataError) as raised:
-            generate(config)
-        said.write_text(str(raised.value))
-
-    child(config, fill_the_disk).join(300)
+    assert children.wait(children.start(on_a_full_disk, config, said)) == 0
     assert re.search(r"cannot write .*Free space", said.read_text())
     assert kept.items() <= table_bytes(config.output_dir).items()
     generate(config)
