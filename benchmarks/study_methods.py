@@ -93,7 +93,8 @@ ARMS = {
     ),
 }
 CONTROLS = ("sft", "shuffled", "grpo-random")
-SCORES = ("shapes-strict", "shapes", "shapes-judge")
+TITLES = ("Strict", "Independent reader", "Training score", "Learned judge")
+SCORES = ("shapes-strict", "shapes-reader", "shapes", "shapes-judge")
 
 
 # --- one unit of work, in a process of its own -------------------------------------------------------------------
@@ -254,11 +255,12 @@ def markdown(results: dict[str, Any], record: dict[str, Any]) -> str:
         f"Held-out combinations, {record['prompts']} prompts a seed, paired with the base by prompt and noise; 95 % "
         "bootstrap intervals over prompts. Each seed has its own prompts, pictures and training; how much training "
         "itself varies is seen between the seeds. *Strict* is the share of pictures "
-        "in which every claim of the caption holds; *training score* is what ranked the training pictures: the share "
-        "of claims that hold, and 0.3 more where all do; *learned judge* is `shapes-judge`, no part of the offline "
-        "arms, right on two pairs in three.",
+        "in which every claim of the caption holds, by the checker; *independent reader* is the same share as read by "
+        "`shapes-reader`, a network that has learned from drawn pictures alone and ranked nothing; *training score* is "
+        "what ranked the training pictures: the share of claims that hold, and 0.3 more where all do; *learned judge* "
+        "is `shapes-judge`, which learned from the checker's preferences and is right on two pairs in three.",
     ]
-    for score, title in zip(SCORES, ("Strict", "Training score", "Learned judge"), strict=True):
+    for score, title in zip(SCORES, TITLES, strict=True):
         lines += [
             "",
             f"| {title} | " + " | ".join([*(f"seed {seed}" for seed in seeds), *heads]) + " |",
