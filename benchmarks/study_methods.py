@@ -59,11 +59,11 @@ class Arm:
 ARMS = {
     "dpo": Arm("Diffusion-DPO", "shapes-dpo"),
     "mapo": Arm("MaPO", "shapes-mapo"),
-    "smpo": Arm("SmPO", "shapes-smpo"),
+    "smpo": Arm("SmPO", "shapes-smpo", beside="dpo"),
     "rankdpo": Arm("RankDPO", "shapes-rankdpo", beside="dpo"),
     "sft": Arm("SFT on the winners (control)", "shapes-sft"),
     "shuffled": Arm("DPO on shuffled preferences (control)", "shapes-dpo", data="shuffled"),
-    # Ablations. SmPO with hard labels and random noise is DPO, bit for bit.
+    # Ablations. SmPO with hard labels and random noise is DPO, bit for bit, so that it stands beside DPO.
     # With eight draws a row, as for random noise, its inversions alone would take twenty minutes of a core.
     "smpo-inverted": Arm(
         "SmPO, inverted noise", "shapes-smpo", ("inversion_steps=5", "precompute_reference=3"), beside="smpo"
