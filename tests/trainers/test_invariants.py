@@ -28,7 +28,7 @@ def run(
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [*launcher, "-m", "tests.trainers.program", *arguments]
         environment["ACCELERATE_USE_CPU"] = "true"
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -61,22 +61,24 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+KILLS = ["step:1", "step:3", "save:4"]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    result = run(folder)
+def runs(tmp_path_factory) -> Path:
+    """A run that is never killed, ``whole``, and for each of KILLS one that is killed there and started again."""
+    root = tmp_path_factory.mktemp("runs")
+    starts = [("whole", "never"), *(start for kill in KILLS for start in ((kill, kill), (kill, "never")))]
+    result = run(",".join(str(root / name) for name, _ in starts), ",".join(kill for _, kill in starts))
     assert result.returncode == 0, result.stderr
-    return folder
+    assert result.stdout.split() == ["0", *[str(-signal.SIGKILL), "0"] * len(KILLS)][: len(starts) - 1]
+    return root
 
 
-@pytest.mark.parametrize("kill_at", ["step:1", "step:3", "save:4"])
-def test_killed_and_resumed_equals_never_killed_bit_for_bit(uninterrupted, tmp_path, kill_at):
-    folder = tmp_path / "run"
-    assert run(folder, kill_at).returncode == -signal.SIGKILL
-    result = run(folder)
-    assert result.returncode == 0, result.stderr
-    assert_equal(folder, uninterrupted)
-    assert (folder / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+@pytest.mark.parametrize("kill", KILLS)
+def test_killed_and_resumed_equals_never_killed_bit_for_bit(runs, kill):
+    assert_equal(runs / kill, runs / "whole")
+    assert (runs / kill / "metrics.jsonl").read_bytes() == (runs / "whole" / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
