@@ -12,7 +12,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 CHECKED := diffalign reward_models training tests benchmarks demos
 
-.PHONY: help quickstart test lint types slow study-dpo study-offline study-ablations study-prefgrpo study-npo study-generate pretrain-shapes clean
+.PHONY: help quickstart test lint types slow study-dpo study-offline study-ablations study-lists study-prefgrpo study-npo study-generate pretrain-shapes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,9 +39,12 @@ study-dpo: $(RUN)  ## three seeds of DPO and its controls on the shapes world; a
 study-offline: $(RUN)  ## every offline method and its controls, three seeds; some hours on 2 cores
 	$(BIN)/python benchmarks/study_methods.py --name study-offline --arms dpo mapo smpo rankdpo sft shuffled $(ARGS)
 
-study-ablations: $(RUN)  ## RankDPO against DPO on lists of 4, 6 and 8; SmPO's two halves apart; after study-offline it reuses its runs
-	$(BIN)/python benchmarks/study_methods.py --name study-ablations --arms dpo rankdpo rankdpo-plain dpo-4 rankdpo-4 \
-		dpo-8 rankdpo-8 smpo smpo-inverted smpo-inverted-hard $(ARGS)
+study-ablations: $(RUN)  ## SmPO's two halves apart, RankDPO without its weights; after study-offline it reuses its runs
+	$(BIN)/python benchmarks/study_methods.py --name study-ablations --arms dpo smpo smpo-inverted smpo-inverted-hard \
+		rankdpo rankdpo-plain $(ARGS)
+
+study-lists: $(RUN)  ## RankDPO against DPO on lists of 4, 6 and 8; after study-offline it reuses its runs
+	$(BIN)/python benchmarks/study_methods.py --name study-lists --arms dpo-4 rankdpo-4 dpo rankdpo dpo-8 rankdpo-8 $(ARGS)
 
 study-prefgrpo: $(RUN)  ## Pref-GRPO with the checker and with the learned judge, GRPO on scores, a random reward
 	$(BIN)/python benchmarks/study_methods.py --name study-prefgrpo --arms prefgrpo grpo prefgrpo-judge grpo-random $(ARGS)
