@@ -93,8 +93,12 @@ ARMS = {
     ),
 }
 CONTROLS = ("sft", "shuffled", "grpo-random")
-TITLES = ("Strict", "Independent reader", "Training score", "Learned judge")
-SCORES = ("shapes-strict", "shapes-reader", "shapes", "shapes-judge")
+SCORES = {  # and their titles in the tables
+    "shapes-strict": "Strict",
+    "shapes-reader": "Independent reader",
+    "shapes": "Training score",
+    "shapes-judge": "Learned judge",
+}
 
 
 # --- one unit of work, in a process of its own -------------------------------------------------------------------
@@ -260,7 +264,7 @@ def markdown(results: dict[str, Any], record: dict[str, Any]) -> str:
         "what ranked the training pictures: the share of claims that hold, and 0.3 more where all do; *learned judge* "
         "is `shapes-judge`, which learned from the checker's preferences and is right on two pairs in three.",
     ]
-    for score, title in zip(SCORES, TITLES, strict=True):
+    for score, title in SCORES.items():
         lines += [
             "",
             f"| {title} | " + " | ".join([*(f"seed {seed}" for seed in seeds), *heads]) + " |",

@@ -30,11 +30,11 @@ from diffalign.pipelines import load_pipeline
 from diffalign.shapes import check, parse, render, sample_captions
 from diffalign.shapes.grammar import BACKGROUNDS, COLORS, SHAPES
 from diffalign.shapes.reader import CELLS, STRIDE, ReaderNet, ShapesReader
-from diffalign.shapes.renderer import SIZE, draw_shape
+from diffalign.shapes.renderer import SIZE, draw_shape, jitter
+from diffalign.shapes.renderer import SUPERSAMPLE as SCALE
 from diffalign.synthesis import generate_images
 
 log = logging.getLogger("train_shapes_reader")
-SCALE = 4  # drawn so many times larger, as the renderer draws
 NONE_COLOR, NONE_SHAPE = len(COLORS), len(SHAPES)
 RGB, PAPER = list(COLORS.values()), list(BACKGROUNDS.values())
 
@@ -64,46 +64,58 @@ def draw_thing(canvas: Image.Image, x: float, y: float, half: float, rng: np.ran
     """Draw one thing and return the indices of its colour and its shape; one in four is not as it should be."""
     shape, color = int(rng.integers(len(SHAPES))), int(rng.integers(len(RGB)))
     fault = rng.choice(["", "two colours", "blob", "chimera", "stretched"], p=[0.74, 0.08, 0.06, 0.06, 0.06])
-    mask = Image.new("L", canvas.size, 0)
-    pen = ImageDraw.Draw(mask)
-    if fault == "blob":
-        angles = np.linspace(0, 2 * math.pi, int(rng.integers(5, 9)), endpoint=False) + rng.uniform(0, 1)
-        radii = half * rng.uniform(0.35, 1.0, len(angles))
-        corners = zip(x + radii * np.cos(angles), y + radii * np.sin(angles), strict=True)
-        pen.polygon([(u * SCALE, v * SCALE) for u, v in corners], 255)
-    else:
-        draw_shape(pen, SHAPES[shape], x, y, half, 255, background=0)
+    mask = blob(canvas.size, x, y, half, rng) if fault == "blob" else mask_of(canvas.size, shape, x, y, half)
     if fault == "chimera":
-        other = Image.new("L", canvas.size, 0)
-        second = SHAPES[(shape + int(rng.integers(1, len(SHAPES)))) % len(SHAPES)]
-        draw_shape(ImageDraw.Draw(other), second, x, y, half, 255, background=0)
+        second = (shape + int(rng.integers(1, len(SHAPES)))) % len(SHAPES)
+        other = mask_of(canvas.size, second, x, y, half)
         mask.paste(other.crop((0, 0, int(x * SCALE), mask.height)), (0, 0))
     elif fault == "stretched":
-        squeeze = rng.uniform(0.45, 0.62)
-        box = [int(v * SCALE) for v in (x - half, y - half, x + half, y + half)]
-        part = mask.crop(tuple(box))  # type: ignore[arg-type]
-        size = (
-            (part.width, int(part.height * squeeze)) if rng.random() < 0.5 else (int(part.width * squeeze), part.height)
-        )
-        mask = Image.new("L", canvas.size, 0)
-        mask.paste(part.resize(size), (int(x * SCALE) - size[0] // 2, int(y * SCALE) - size[1] // 2))
+        mask = stretched(mask, x, y, half, rng)
     canvas.paste(jitter(RGB[color], rng, 18), (0, 0), mask)
     if fault == "two colours":
-        second_color = (color + int(rng.integers(1, len(RGB)))) % len(RGB)
-        cut = mask.copy()
-        share = rng.uniform(-0.4, 0.4) * half  # at least three tenths of the extent are of the other colour
-        edge = (
-            (0, 0, int((x + share) * SCALE), cut.height)
-            if rng.random() < 0.5
-            else (0, 0, cut.width, int((y + share) * SCALE))
-        )
-        cut.paste(0, edge)
-        canvas.paste(jitter(RGB[second_color], rng, 18), (0, 0), cut)
+        second = (color + int(rng.integers(1, len(RGB)))) % len(RGB)
+        cut = part_of(mask, x, y, half, rng)
+        canvas.paste(jitter(RGB[second], rng, 18), (0, 0), cut)
     return (NONE_COLOR if fault == "two colours" else color, shape if fault in ("", "two colours") else NONE_SHAPE)
 
 
-def jitter(rgb: tuple[int, int, int], rng: np.random.Generator, amount: int) -> tuple[int, int, int]:
-    return tuple(int(v) for v in np.clip(np.array(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255))  # type: ignore[return-value]
+def mask_of(size: tuple[int, int], shape: int, x: float, y: float, half: float) -> Image.Image:
+    """Where a shape is, in pixels of the enlarged picture."""
+    mask = Image.new("L", size, 0)
+    draw_shape(ImageDraw.Draw(mask), SHAPES[shape], x, y, half, 255, background=0)
+    return mask
+
+
+def blob(size: tuple[int, int], x: float, y: float, half: float, rng: np.random.Generator) -> Image.Image:
+    """A polygon of five to eight corners at random distances."""
+    mask = Image.new("L", size, 0)
+    angles = np.linspace(0, 2 * math.pi, int(rng.integers(5, 9)), endpoint=False) + rng.uniform(0, 1)
+    radii = half * rng.uniform(0.35, 1.0, len(angles))
+    corners = zip(x + radii * np.cos(angles), y + radii * np.sin(angles), strict=True)
+    ImageDraw.Draw(mask).polygon([(u * SCALE, v * SCALE) for u, v in corners], 255)
+    return mask
+
+
+def stretched(mask: Image.Image, x: float, y: float, half: float, rng: np.random.Generator) -> Image.Image:
+    """The thing about half as high, or as wide, as it should be."""
+    squeeze = rng.uniform(0.45, 0.62)
+    left, top, right, bottom = (int(v * SCALE) for v in (x - half, y - half, x + half, y + half))
+    part = mask.crop((left, top, right, bottom))
+    flat = rng.random() < 0.5
+    size = (part.width, int(part.height * squeeze)) if flat else (int(part.width * squeeze), part.height)
+    result = Image.new("L", mask.size, 0)
+    result.paste(part.resize(size), (int(x * SCALE) - size[0] // 2, int(y * SCALE) - size[1] // 2))
+    return result
+
+
+def part_of(mask: Image.Image, x: float, y: float, half: float, rng: np.random.Generator) -> Image.Image:
+    """The thing right of, or below, a line that leaves at least three tenths of its extent on either side."""
+    share = rng.uniform(-0.4, 0.4) * half
+    upright = rng.random() < 0.5
+    edge = (int((x + share) * SCALE), mask.height) if upright else (mask.width, int((y + share) * SCALE))
+    cut = mask.copy()
+    cut.paste(0, (0, 0, *edge))
+    return cut
 
 
 def targets(background: int, things: list[tuple[int, int, float, float, float]]) -> dict[str, Tensor]:
@@ -154,7 +166,7 @@ def loss_of(predicted: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
 
 
 def roughened(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pixels in [-1, 1], mirrored at random by the caller, with a little noise and a little shift of all colours."""
+    """Pixels in [-1, 1] from uint8 ones, with a little noise and a little shift of all colours."""
     x = pixels / 127.5 - 1
     n = len(x)
     x = x + 0.06 * (torch.rand((n, 3, 1, 1), generator=generator) - 0.5)

@@ -75,7 +75,7 @@ def judge(background: str, things: list[Thing], caption: Caption) -> Verdict:
 
 def read(image: Image.Image | np.ndarray) -> tuple[str, list[Thing]]:
     """The background's name and the things found, largest first."""
-    pixels = _pixels(image)
+    pixels = as_array(image)
     background, base = _background(pixels)
     alpha, color, residual = _unmix(pixels, base)
     foreground = (alpha > 0.5) | (residual > _MAX_RESIDUAL)
@@ -84,7 +84,12 @@ def read(image: Image.Image | np.ndarray) -> tuple[str, list[Thing]]:
     return background, sorted((t for t in things if t is not None), key=lambda t: -t.half)
 
 
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """(64, 64, 3) fp32 in [0, 255] from a square picture.
+
+    Raises:
+        ValueError: the picture is not square.
+    """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image))
     image = image.convert("RGB")

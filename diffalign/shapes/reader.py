@@ -56,7 +56,7 @@ class ReaderNet(nn.Module):
                 nn.Conv2d(width, width, 3, 1, 1),
                 nn.ReLU(),
                 nn.Conv2d(width, width, 3, 1, 1),
-            )  # fmt: skip
+            )
             for _ in range(depth)
         )
         self.norm = nn.GroupNorm(8, width)
@@ -90,11 +90,15 @@ def as_pixels(images: list[Image.Image]) -> Tensor:
     Raises:
         ValueError: a picture is not square.
     """
-    return torch.from_numpy(np.stack([checker._pixels(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(np.stack([checker.as_array(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def things_of(predicted: dict[str, Tensor]) -> list[tuple[str, list[Thing]]]:
-    """Background and things of each picture, largest first, as the checker's ``read`` gives them."""
+    """Background and things of each picture, largest first, as the checker's ``read`` gives them.
+
+    Args:
+        predicted: what :class:`ReaderNet` returns, for B pictures.
+    """
     centre = predicted["centre"].sigmoid()[:, 0]
     peaks = (centre > _CENTRE) & (centre == F.max_pool2d(centre[:, None], 3, 1, 1)[:, 0])
     color, shape = predicted["color"].argmax(1), predicted["shape"].argmax(1)
@@ -143,7 +147,7 @@ class ShapesReader(BaseRewardModel):
     @property
     def identity(self) -> dict[str, str | None]:
         """The revision is the hash of the weights."""
-        code = source_hash(grammar, checker, ReaderNet, things_of, type(self))
+        code = source_hash(grammar, checker, ReaderNet, as_pixels, things_of, type(self))
         return {"id": self.name, "revision": self._revision, "code_version": code}
 
     @torch.inference_mode()

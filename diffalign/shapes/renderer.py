@@ -9,7 +9,8 @@ from .grammar import BACKGROUNDS, COLORS, Caption
 
 SIZE = 64
 Color = tuple[int, ...] | int | float | None
-_SUPERSAMPLE = 4
+#: Pictures are drawn so many times larger, and averaged.
+SUPERSAMPLE = 4
 _SMALL, _LARGE = (7.0, 8.5), (10.5, 12.5)
 #: Distance from the picture's centre at which a named position lies, in pixels.
 _OFFSET = (14.0, 18.0)
@@ -22,10 +23,10 @@ def render(caption: Caption, rng: np.random.Generator) -> Image.Image:
         An RGB image of 64 x 64 pixels.
     """
     background = caption.background or str(rng.choice(list(BACKGROUNDS)))
-    canvas = Image.new("RGB", (SIZE * _SUPERSAMPLE,) * 2, _jitter(BACKGROUNDS[background], rng, 6))
+    canvas = Image.new("RGB", (SIZE * SUPERSAMPLE,) * 2, jitter(BACKGROUNDS[background], rng, 6))
     draw = ImageDraw.Draw(canvas)
     for (color, shape), (x, y, half) in zip(_things(caption), _layout(caption, rng), strict=True):
-        draw_shape(draw, shape, x, y, half, _jitter(COLORS[color], rng, 10), background=canvas.getpixel((0, 0)))
+        draw_shape(draw, shape, x, y, half, jitter(COLORS[color], rng, 10), background=canvas.getpixel((0, 0)))
     return canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
@@ -33,7 +34,7 @@ def draw_shape(
     draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, half: float, fill: Color, background: Color
 ) -> None:
     """Draw one shape that fills the square of half-extent ``half`` around (x, y), in unscaled pixels."""
-    s = _SUPERSAMPLE
+    s = SUPERSAMPLE
     left, top, right, bottom = (x - half) * s, (y - half) * s, (x + half) * s, (y + half) * s
     if shape == "square":
         draw.rectangle((left, top, right, bottom), fill=fill)
@@ -114,5 +115,6 @@ def _half_extent(rng: np.random.Generator) -> float:
     return float(rng.uniform(*(_SMALL if rng.random() < 0.5 else _LARGE)))
 
 
-def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator, amount: int) -> tuple[int, int, int]:
+def jitter(rgb: tuple[int, int, int], rng: np.random.Generator, amount: int) -> tuple[int, int, int]:
+    """A colour near another: each channel in [0, 255] moves by at most ``amount``."""
     return tuple(int(v) for v in np.clip(np.array(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255))  # type: ignore[return-value]
