@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.shapes import parse, render, sample_captions
+from diffalign.shapes import parse, sample_captions
 from diffalign.shapes.judge import ShapesJudge, judge_folder
 from reward_models import RewardModelError, load_reward_model
+from tests import scripts
+from tests.shapes.drawn import renders
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = sample_captions(40, seed=99, held_out=True)
@@ -29,15 +29,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_shapes_judge", ROOT / "training" / "train_shapes_judge.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def renders(captions, seed=0):
-    return [render(parse(caption), np.random.default_rng([seed, n])) for n, caption in enumerate(captions)]
+    return scripts.script("training/train_shapes_judge.py")
 
 
 # --- the embedded judge ------------------------------------------------------------------------------------------

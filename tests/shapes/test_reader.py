@@ -11,11 +11,13 @@ import torch
 from PIL import ImageOps
 from safetensors.torch import load_file
 
-from diffalign.shapes import parse, render, sample_captions
-from diffalign.shapes.grammar import COLORS, SHAPES
+from diffalign.shapes import sample_captions
+from diffalign.shapes.checker import read
+from diffalign.shapes.grammar import BACKGROUNDS, COLORS, SHAPES
 from diffalign.shapes.reader import CELLS, ReaderNet, as_pixels, reader_folder, things_of
 from reward_models import RewardModelError, load_reward_model
 from tests.scripts import script
+from tests.shapes.drawn import renders
 
 ROOT = Path(__file__).parents[2]
 CAPTIONS = sample_captions(60, seed=98, held_out=True)
@@ -29,10 +31,6 @@ def reader():
 @pytest.fixture(scope="module")
 def training():
     return script("training/train_shapes_reader.py")
-
-
-def renders(captions, seed=0):
-    return [render(parse(caption), np.random.default_rng([seed, n])) for n, caption in enumerate(captions)]
 
 
 # --- the embedded reader -----------------------------------------------------------------------------------------
@@ -122,6 +120,47 @@ def test_cells_beside_a_centre_may_say_anything(training):
     row = column = 30 // 4
     assert slope[row, column] < 0 and (slope[row, column + 1], slope[row - 1, column - 1]) == (0, 0)
     assert (slope > 0).sum() == CELLS**2 - 9  # everywhere else a centre is wrong
+
+
+def test_classes_and_boxes_are_learned_where_a_thing_is_and_nowhere_else(training):
+    wanted = {name: value[None] for name, value in training.targets(1, [(4, 2, 31.0, 29.0, 8.0)]).items()}
+    predicted = {name: torch.zeros_like(value) for name, value in ReaderNet()(torch.rand(1, 3, 64, 64)).items()}
+    predicted = {name: value.requires_grad_() for name, value in predicted.items()}
+    training.loss_of(predicted, wanted).backward()
+    row = column = 30 // 4
+    for name, index in (("color", 4), ("shape", 2)):
+        slope = predicted[name].grad[0]
+        here = slope[:, row, column].clone()
+        assert here[index] < 0 and (here > 0).sum() == len(here) - 1  # a step down the gradient favours the right class
+        assert slope.count_nonzero() == len(here)
+    slope = predicted["box"].grad[0]
+    assert slope.count_nonzero() == 3 and slope[:, row, column].sign().tolist() == [-1, 1, -1]
+    assert predicted["background"].grad.sign().tolist() == [[1, -1, 1]]
+
+
+def test_things_are_what_their_labels_say(training):
+    """Single things against the checker, which has no part in the training: true ones are read as labelled."""
+    rng, right = np.random.default_rng(3), {True: [], False: []}
+    while len(right[True]) < 60 or len(right[False]) < 20:
+        picture, background, things = training.scene(rng)
+        if len(things) != 1 or things[0][4] < 8:
+            continue
+        color, shape, x, y, half = things[0]
+        name, found = read(picture)
+        assert name == list(BACKGROUNDS)[background]
+        label = ([*COLORS, None][color], [*SHAPES, None][shape])
+        right[None not in label].append((found[0].color, found[0].shape) == label if len(found) == 1 else False)
+        if None not in label and len(found) == 1:
+            assert (found[0].x, found[0].y, found[0].half) == pytest.approx((x, y, half), abs=1.5)
+    assert np.mean(right[True]) > 0.9 and np.mean(right[False]) > 0.5
+
+
+def test_every_second_scene_passes_through_the_autoencoder(training):
+    pixels, _ = training.make_scenes(6, 3)
+    rng = np.random.default_rng(3)
+    drawn = torch.from_numpy(np.stack([np.asarray(training.scene(rng)[0]) for _ in range(6)])).permute(0, 3, 1, 2)
+    assert [torch.equal(a, b) for a, b in zip(pixels, drawn, strict=True)] == [True, False] * 3
+    assert (pixels[1::2].float() - drawn[1::2].float()).abs().mean() < 20  # the same scene still
 
 
 def test_a_short_training_learns_and_repeats_itself(training):
